@@ -101,7 +101,7 @@ class ShardWriter:
         for name, array in values.items():
             shape, dtype = self._fields[name]
             if array.shape[1:] != shape:
-                raise DataError(f"utterance '{key}': field '{name}' has rows of shape {array.shape[1:]}, expected {shape}")
+                raise DataError(f"utterance '{key}': field '{name}' has rows {array.shape[1:]}, expected {shape}")
             if len(array) == 0:
                 raise DataError(f"utterance '{key}': field '{name}' is empty (0 rows); leave the utterance out")
             self._waiting[name].append(np.asarray(array, dtype))
@@ -127,7 +127,8 @@ class ShardWriter:
             if kind is None:
                 for name in self._fields:
                     self._flush(name)
-                    self._file[name].create_dataset("starts", data=np.array(self._starts[name], np.int64), fletcher32=True)
+                    starts = np.array(self._starts[name], np.int64)
+                    self._file[name].create_dataset("starts", data=starts, fletcher32=True)
                 keys = np.array([k.encode() for k in self._keys], dtype=h5py.string_dtype())
                 self._file.create_dataset("keys", data=keys)
             self._file.close()
@@ -193,7 +194,8 @@ class Dataset:
 
     def keys(self) -> list[str]:
         """All keys in order (reads every shard's key list)."""
-        return [k for i in range(len(self.manifest["shards"])) for k in self._keys(self._entry(i, self.frame_fields[0]))]
+        first = self.frame_fields[0]
+        return [k for i in range(len(self.manifest["shards"])) for k in self._keys(self._entry(i, first))]
 
     def utterance_at(self, row: int) -> int:
         """The global utterance number that holds a global row."""
@@ -236,7 +238,8 @@ class Dataset:
         for field, entry in zip(wanted[1:], entries[1:], strict=True):
             keys = self._keys(entry)
             if keys != first:
-                at = next((i for i, (a, b) in enumerate(zip(first, keys, strict=False)) if a != b), min(len(first), len(keys)))
+                pairs = enumerate(zip(first, keys, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(first), len(keys)))
                 raise DataError(
                     f"shard '{entry['name']}': field '{field}' has other utterances than '{entries[0]['name']}' "
                     f"(first difference at utterance {at}); {REMEDY}"
@@ -284,11 +287,11 @@ class Dataset:
                 raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {REMEDY}") from error
             if rows != entry["rows"][field] or starts[-1] != rows or len(starts) != entry["utterances"] + 1:
                 raise DataError(
-                    f"shard '{path}': field '{field}' has {rows} rows and {len(starts) - 1} utterances, {MANIFEST} says "
-                    f"{entry['rows'][field]} rows and {entry['utterances']} utterances; {REMEDY}"
+                    f"shard '{path}': field '{field}' has {rows} rows and {len(starts) - 1} utterances, "
+                    f"{MANIFEST} says {entry['rows'][field]} rows and {entry['utterances']} utterances; {REMEDY}"
                 )
             if starts[0] != 0 or (np.diff(starts) <= 0).any():
-                raise DataError(f"shard '{path}': field '{field}' holds an empty utterance or disordered starts; {REMEDY}")
+                raise DataError(f"shard '{path}': field '{field}' holds an empty utterance; {REMEDY}")
             if first is None:
                 first = starts
             elif len(starts) != len(first) or (starts != first).any():
@@ -313,7 +316,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' is not a data set manifest ({error!r}); {REMEDY}") from error
     if version != SCHEMA:
-        raise DataError(f"'{path}' has schema {version}, this Trireme reads schema {SCHEMA}; run 'trireme prepare' again")
+        raise DataError(f"'{path}' has schema {version}, expected {SCHEMA}; run 'trireme prepare' again")
     if not shards:
         raise DataError(f"'{path}' lists no shards; {REMEDY}")
     return manifest
+
+
+def hdf5_version() -> str:
+    """HDF5's and h5py's versions, one line. Raises DataError if this HDF5 was built without fletcher32 checksums."""
+    text = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
+    if not h5py.h5z.filter_avail(h5py.h5z.FILTER_FLETCHER32):
+        raise DataError(f"{text} has no fletcher32 filter, which every shard needs; install h5py from PyPI")
+    return text

@@ -1,0 +1,124 @@
+"""The Strategy protocol: who owns the weights, when they are updated, and what ranks send each other.
+
+The training loop calls `enter / step / leave` for every split a rank holds and `advance` once a turn; the strategy
+calls the update rule where its paper wants it. Design, section 2.
+
+Legend: P parameters (padded), S floats of this rank's slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from collectives.comm import Comm
+
+
+class TrainingFailed(RuntimeError):
+    """Training met numbers that it cannot go on with; the message names step, rank and split."""
+
+
+class Rate(NamedTuple):
+    """What the schedule sets for the next turn: the learning rate, and the epoch (0-based) that it belongs to."""
+
+    learning_rate: float
+    epoch: int
+
+
+class Weights(Protocol):
+    """A model's parameters and gradients as flat buffers [P] (`hpc.flat.Flat`)."""
+
+    weights: torch.Tensor
+    size: int
+
+    def bind_grads(self, grads: torch.Tensor) -> None: ...
+    def bounds(self, ranks: int) -> list[int]: ...
+    def name_at(self, index: int) -> str: ...
+
+
+class Rule(Protocol):
+    """A flat update rule (`hpc.optim`): changes `weights` [S] in place from `grad` [S] and its slots, each [S]."""
+
+    slots: tuple[str, ...]
+
+    def __call__(
+        self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], rate: Rate, updates: int
+    ) -> None: ...
+
+
+@dataclass
+class State:
+    """What a strategy must keep beside the weights, in the three kinds that let another number of ranks resume.
+
+    low      first float of the owned slice
+    slices   name -> [S], joined over ranks into a [P] and cut anew on restore
+    splits   split -> name -> tensor, for the splits this rank holds
+    common   JSON values, the same on every rank
+    """
+
+    low: int = 0
+    slices: dict[str, torch.Tensor] = field(default_factory=dict)
+    splits: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
+
+
+class Joined(Protocol):
+    """A saved state, readable by any number of ranks (`hpc.checkpoint.Checkpoint`)."""
+
+    common: dict[str, Any]
+
+    def weights_into(self, weights: torch.Tensor) -> None: ...
+    def slice(self, name: str, low: int, high: int) -> torch.Tensor: ...
+    def split(self, split: int) -> dict[str, torch.Tensor]: ...
+
+
+class Strategy:
+    """The base of all strategies; the methods in the order in which the loop calls them.
+
+    comm    the ranks and the splits they hold
+    flat    the model's flat weights and gradients
+    rule    the update rule, called on slices
+    """
+
+    rate: Rate
+
+    def __init__(self, comm: Comm, flat: Weights, rule: Rule):
+        self.comm, self.flat, self.rule = comm, flat, rule
+        self.evaluate: Callable[[], dict[str, float]] | None = None  # for strategies that judge models; set by build.py
+
+    def begin(self) -> None:
+        """A fresh run starts from the weights in `flat` (collective). A resumed run calls `restore` instead."""
+        self.comm.from_root_(self.flat.weights)
+
+    def span(self, limit: int) -> int:
+        """How many batches each split takes before the next `advance`, at most `limit`."""
+        return 1
+
+    def enter(self, split: int) -> None:
+        """The model's weights and `.grad` become this split's; `.grad` is zero."""
+        raise NotImplementedError
+
+    def step(self, split: int, count: int) -> None:
+        """One backward of this split is done over `count` frames (0: the split is dry)."""
+        raise NotImplementedError
+
+    def leave(self, split: int) -> None:
+        """The last batch of this split in this turn is done."""
+
+    def advance(self, n: int) -> None:
+        """Exchange what the turn learned; owners update their slices (collective)."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""
+
+    def state(self) -> State:
+        """What is needed beside the weights to go on; observing changes nothing."""
+        raise NotImplementedError
+
+    def restore(self, joined: Joined) -> None:
+        """Go on from a saved state, saved by any number of ranks (collective)."""
+        raise NotImplementedError

@@ -1,0 +1,114 @@
+"""The `trireme` command. A command's module is imported when that command is called, so `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from importlib import import_module
+from typing import Any, NamedTuple
+
+EXAMPLES = """examples:
+  trireme doctor                                              is this machine set up?
+  trireme prepare frames --from audio VOICES data/voices      folders of wav/flac into shards
+  trireme train jobs/recipes/demo.toml                        train on one rank
+  mpiexec -n 4 python -m mpi4py -m hpc train jobs/recipes/demo.toml optim.learning_rate=0.05
+  trireme report runs/demo                                    a picture and a page
+  trireme evaluate runs/demo data/demo/validation
+
+Every command explains itself: trireme COMMAND --help
+"""
+
+
+class Command(NamedTuple):
+    """module: where `add_arguments(parser)` and `run(arguments[, comm])` are; ranks: whether it runs under mpiexec."""
+
+    help: str
+    module: str
+    ranks: bool
+
+
+COMMANDS = {
+    "train": Command("train the model that a recipe describes, or go on where it stopped", "hpc.training", True),
+    "prepare": Command("make data sets from your files", "hpc.prepare.command", True),
+    "evaluate": Command("measure a finished run's model on a data set", "hpc.scoring", True),
+    "predict": Command("write a finished run's outputs for a data set (Kaldi ark or HDF5)", "hpc.predict", True),
+    "report": Command("draw a run: a picture and one self-contained page", "hpc.report", False),
+    "compare": Command("lay runs side by side", "hpc.compare", False),
+    "doctor": Command("say what was found on this machine, and whether it is right", "hpc.doctor", False),
+    "bench": Command("measure this machine and this code beside a peer or a limit", "hpc.bench", False),
+}
+
+
+def build_parser(chosen: str) -> argparse.ArgumentParser:
+    """The command line, with the arguments of the chosen command."""
+    parser = argparse.ArgumentParser(
+        prog="trireme", description="MPI-native batch training for speech and language models.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == chosen:
+            import_module(command.module).add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the process's exit code. An error on one rank ends all ranks."""
+    words = sys.argv[1:] if argv is None else argv
+    chosen = next((w for w in words if w in COMMANDS), "")
+    arguments = build_parser(chosen).parse_args(words)
+    command = COMMANDS[arguments.command]
+    act = import_module(command.module).run
+    return _with_ranks(act, arguments) if command.ranks else _guarded(act, arguments)
+
+
+def _guarded(act: Any, arguments: argparse.Namespace) -> int:
+    try:
+        return act(arguments)
+    except (ValueError, OSError) as error:
+        print(f"trireme {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _with_ranks(act: Any, arguments: argparse.Namespace) -> int:
+    """Run a command on every rank. What one rank alone raises aborts the job; what all raise ends it quietly."""
+    try:
+        from collectives.comm import Comm, LaunchError, RootFailed
+        from collectives.strategy import TrainingFailed
+    except (ImportError, RuntimeError) as error:  # mpi4py found no MPI library
+        print(f"trireme {arguments.command}: MPI cannot be loaded ({error}); see 'trireme doctor'", file=sys.stderr)
+        return 1
+    comm = None
+    try:
+        comm = Comm.start()
+        code = act(arguments, comm)
+        comm.finish()
+        return code
+    except RootFailed:
+        assert comm is not None
+        comm.finish()
+        return 1
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = 1
+        expected = isinstance(error, ValueError | OSError | LaunchError | TrainingFailed)
+        who = f"[rank {comm.rank} on {comm.host}] " if comm is not None and comm.size > 1 else ""
+        where = f"{error.__notes__[0]}: " if getattr(error, "__notes__", None) else ""
+        text = str(error) if expected else "".join(traceback.format_exception(error))
+        print(f"{who}trireme {arguments.command}: {where}{text}", file=sys.stderr, flush=True)
+        if comm is not None and getattr(error, "raised_everywhere", False):
+            comm.finish()
+            return code
+    if comm is not None and comm.size > 1:
+        comm.abort(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

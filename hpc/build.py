@@ -1,0 +1,227 @@
+"""The composition root: from a recipe to a task, a model, a strategy and a job. Only this file knows concrete names.
+
+Tasks and strategies of other packages join through the entry points `trireme.tasks` and `trireme.strategies`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from collectives.allreduce import AllReduce
+from collectives.comm import Comm
+from hpc import optim
+from hpc.batches import Batches
+from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
+from hpc.config import Recipe, RecipeError, options, resolve
+from hpc.evaluate import evaluate
+from hpc.flat import Flat
+from hpc.meter import Journal, Meter, RunJournal, Silence
+from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, read_data
+from hpc.runtime import Device, StopFlag, Watchdog
+from hpc.schedule import POLICIES, Replay, Schedule
+from hpc.shards import Dataset, read_manifest
+from hpc.staging import stage
+from hpc.train import Job
+from models.frames import Frames
+from models.task import Task
+
+TASKS: dict[str, type] = {"frames": Frames}
+STRATEGIES: dict[str, type] = {"allreduce": AllReduce}
+RULES: dict[str, type] = {
+    "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,
+    "adam": optim.Adam, "adamax": optim.Adamax,
+}
+
+
+def registry() -> dict[str, dict[str, type]]:
+    """Every name that a recipe may use, table by table, those of installed packages included."""
+    outside = {
+        group: {e.name: e.load() for e in entry_points(group=f"trireme.{group}")} for group in ("tasks", "strategies")
+    }
+    return {
+        "task": TASKS | outside["tasks"],
+        "strategy": STRATEGIES | outside["strategies"],
+        "optim": RULES,
+        "schedule": POLICIES,
+    }
+
+
+def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
+    """The recipe's task for data of these field descriptions."""
+    return registry()["task"][recipe.task.name](fields, **options(recipe.task))
+
+
+def make_model(recipe: Recipe, task: Task, device: Device) -> torch.nn.Module:
+    """The task's model, initialised from the recipe's seed, on the device."""
+    model = task.model(torch.Generator().manual_seed(recipe.seed))
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise ValueError(
+                f"module '{name}' ({type(module).__name__}) keeps running statistics, which no strategy joins over "
+                "splits yet; set track_running_stats=False"
+            )
+    return model.to(device.torch)
+
+
+def make_policy(recipe: Recipe) -> Any:
+    """The recipe's learning-rate policy, starting at the optimizer's learning rate."""
+    chosen = POLICIES[recipe.schedule.name]
+    if chosen is Replay:
+        from hpc.records import read_records
+
+        rates = [r["learning_rate"] for r in read_records(Path(recipe.schedule.of)) if r["event"] == "validate"]
+        return Replay(recipe.optim.learning_rate, rates, **options(recipe.schedule))
+    return chosen(recipe.optim.learning_rate, **options(recipe.schedule))
+
+
+def open_data(recipe: Recipe, comm: Comm, fields: tuple[str, ...]) -> list[Dataset]:
+    """The training set and, if the recipe has one, the validation set: staged, opened and verified (collective)."""
+    opened: list[Dataset] = []
+    for folder in map(Path, filter(None, (recipe.data.train, recipe.data.validation))):
+        place = stage(folder, recipe.data.stage, comm) if recipe.data.stage else folder
+        comm.each(partial(_open, opened, place, fields))
+    if recipe.data.verify:
+        for dataset in opened:
+            comm.each(partial(_verify, dataset, comm))
+    return opened
+
+
+def _open(opened: list[Dataset], place: Path, fields: tuple[str, ...]) -> None:
+    opened.append(Dataset(place, fields))
+
+
+def _verify(dataset: Dataset, comm: Comm) -> None:
+    for shard in comm.mine(len(dataset.manifest["shards"])):
+        dataset.verify(shard)
+
+
+def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog) -> tuple[Job, int] | None:
+    """Everything that training needs, and the step to go on from; None if the run is finished already (collective).
+
+    Raises ValueError or OSError, saying what to do, for anything that cannot be trained with.
+    """
+    comm = comm.with_splits(recipe.splits)
+    fields = comm.on_root(lambda: _checked_fields(recipe))
+    task = make_task(recipe, fields)
+    if comm.on_root(lambda: run.open(recipe, fields)):
+        return None
+    train_set, *rest = open_data(recipe, comm, task.fields)
+    model = make_model(recipe, task, device)
+    flat = Flat(model, lambda count: comm.zeros(count, device.torch))
+    rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
+    strategy = registry()["strategy"][recipe.strategy.name](comm, flat, rule, **options(recipe.strategy))
+    data = recipe.data
+    batches = Batches(
+        train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
+        seed=recipe.seed, place=device.place,
+    )
+    schedule = Schedule(make_policy(recipe), batches.per_epoch, _steps(recipe.validate_.every, data.batch))
+    journal: Journal = Silence()
+    if comm.is_root():
+        journal = RunJournal(run.path, schedule.steps, recipe.log.tensorboard)
+    meter = Meter(comm, journal, watchdog, recipe.log.every, batches.progress)
+    saver = Saver(
+        run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
+    )
+
+    def validate() -> dict[str, float]:
+        return evaluate(
+            task, model, rest[0], comm, device.place, device.autocast, lambda: watchdog.beat("validating")
+        )
+
+    strategy.evaluate = validate if rest else None
+    job = Job(
+        comm, device, task, model, batches, strategy, schedule, saver, meter, StopFlag().listen(),
+        validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, data.batch),
+        rest[0].rows if rest else 0,
+    )
+    at = _resume(job, recipe, run, flat)
+    return job, at
+
+
+def _checked_fields(recipe: Recipe) -> dict[str, Any]:
+    """The training set's field descriptions, after comparing the validation set's with them (rank 0)."""
+    fields = read_manifest(Path(recipe.data.train))["fields"]
+    if recipe.data.validation:
+        other = read_manifest(Path(recipe.data.validation))["fields"]
+        for name, about in fields.items():
+            for key in ("width", "classes", "names", "dtype"):
+                if about.get(key) != other.get(name, {}).get(key):
+                    raise ValueError(
+                        f"data.validation = '{recipe.data.validation}': field '{name}' has other {key} than the "
+                        "training set's; prepare both in one run of 'trireme prepare'"
+                    )
+    elif recipe.schedule.name in ("halving", "newbob") or recipe.schedule.patience:
+        raise RecipeError(
+            f"schedule '{recipe.schedule.name}' judges validation results, and data.validation is empty; "
+            "give a validation set, or use schedule.name = 'constant' with patience = 0"
+        )
+    return fields
+
+
+def _steps(frames: int, batch: int) -> int:
+    return max(1, frames // batch) if frames else 0
+
+
+def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> int:
+    """Go on from the newest whole checkpoint, or begin; the step to go on from (collective)."""
+    log = logging.getLogger("trireme")
+    found, complaints = job.comm.on_root(lambda: _newest(run))
+    for complaint in complaints:
+        log.warning("%s; using the one before it", complaint)
+    if found:
+        checkpoint = Checkpoint(run.checkpoints / found, flat)
+        job.strategy.restore(checkpoint)
+        job.schedule.restore(checkpoint.state["schedule"])
+        job.saver.best = checkpoint.state["best"]
+        log.info("resuming from checkpoint %s", found)
+        job.meter.at = checkpoint.state["at"]
+        return checkpoint.state["at"]
+    if recipe.init_from:
+        load_model(finished_model(Path(recipe.init_from)), flat, flat.weights)
+        log.info("starting from the model of %s", recipe.init_from)
+    job.strategy.begin()
+    return 0
+
+
+def _newest(run: RunFolder) -> tuple[str, list[str]]:
+    path, complaints = newest(run.checkpoints)
+    if path is None and complaints:
+        raise CheckpointError(
+            f"no checkpoint of '{run.path}' can be used: {'; '.join(complaints)}; remove the folder to start over"
+        )
+    return path.name if path else "", complaints
+
+
+def finished_model(run: Path) -> Path:
+    """The model file of a finished run. Raises RunError if the run did not finish."""
+    if not (run / SUCCESS).exists():
+        state = "did not finish" if (run / RECIPE).exists() else "is not a run folder"
+        raise RunError(f"'{run}' {state} (no '{SUCCESS}' in it); finish it by starting its training command again")
+    return run / MODEL
+
+
+def load_run(path: Path, device_name: str, comm: Comm) -> tuple[Recipe, Task, torch.nn.Module, Device]:
+    """A finished run's recipe, task and trained model, for evaluation and prediction."""
+    model_file = finished_model(path)
+    recipe = resolve(tomllib.loads((path / RECIPE).read_text(encoding="utf-8")), registry())
+    device = Device(device_name, recipe.precision, comm.local_rank, recipe.threads)
+    task = make_task(recipe, read_data(path)["fields"])
+    model = make_model(recipe, task, device)
+    flat = Flat(model, lambda count: torch.zeros(count, device=device.torch))
+    load_model(model_file, flat, flat.weights)
+    return recipe, task, model.eval(), device
+
+
+def success_of(path: Path) -> dict[str, Any]:
+    """What a finished run kept of its end."""
+    finished_model(path)
+    return json.loads((path / SUCCESS).read_text())

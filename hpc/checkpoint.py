@@ -1,0 +1,279 @@
+"""Checkpoints: atomic, checksummed, resumable exactly by any number of ranks. Formats hold no code.
+
+A checkpoint is a folder `checkpoints/step-000001234/`:
+
+    model.safetensors   the weights by parameter name, and the model's buffers (rank 0)
+    rank-00000.safetensors ...  each rank's slices of optimizer state and the state of its splits
+    state.json          step, schedule, counters
+    manifest.json       SHA-256 and size of all of these; written last
+
+It is written to `checkpoints/.step-000001234.tmp` by a thread of each rank, from a snapshot, while training goes on;
+when every rank's part is there, rank 0 writes the manifest and renames the folder. The ranks' threads meet through
+small files beside their parts, so the run folder must be on storage that all ranks see. Design, section 5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from collectives.comm import Comm
+from collectives.strategy import State
+from hpc.flat import Flat
+from hpc.shards import sha256_of, write_json
+
+MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+PART_PATIENCE_S = 600.0  # how long rank 0 waits for the other ranks' parts of one checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why."""
+
+
+def step_name(at: int) -> str:
+    return f"step-{at:09d}"
+
+
+class Checkpoint:
+    """A saved state opened for reading; serves as the strategy's `Joined`.
+
+    folder  the checkpoint's folder
+    flat    where the parameters lie
+
+    Raises CheckpointError if a file is missing, altered or cut short.
+    """
+
+    def __init__(self, folder: Path, flat: Flat):
+        self.folder, self.flat = folder, flat
+        self.manifest = check(folder)
+        self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        self.common: dict[str, Any] = self.state["common"]
+
+    def weights_into(self, weights: torch.Tensor) -> None:
+        load_model(self.folder / MODEL, self.flat, weights)
+
+    def slice(self, name: str, low: int, high: int) -> torch.Tensor:
+        """Floats [low, high) of a joined [P] state tensor, from the parts that hold them, whoever saved them."""
+        found = torch.empty(high - low)
+        covered = 0
+        for part in self.manifest["parts"]:
+            first, last = max(low, part["low"]), min(high, part["high"])
+            if first < last:
+                with safe_open(self.folder / part["file"], "pt") as file:
+                    values = file.get_slice(f"slice.{name}")[first - part["low"] : last - part["low"]]
+                found[first - low : last - low] = values
+                covered += last - first
+        if covered != high - low:
+            raise CheckpointError(f"checkpoint '{self.folder}' holds {covered} of {high - low} values of '{name}'")
+        return found
+
+    def split(self, split: int) -> dict[str, torch.Tensor]:
+        """What was kept for a split: name -> tensor."""
+        part = next(p for p in self.manifest["parts"] if split in p["splits"])
+        prefix = f"split.{split}."
+        with safe_open(self.folder / part["file"], "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, after comparing every file with it. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint '{folder}' has no readable {MANIFEST} ({error})") from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint '{folder}' lacks {name}")
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint '{folder}': {name} was altered or cut short (SHA-256 differs)")
+    return manifest
+
+
+def load_model(path: Path, flat: Flat, weights: torch.Tensor) -> None:
+    """Read parameters by name into the flat buffer [P], and the model's buffers into the model, in place.
+
+    Raises CheckpointError if names or shapes differ.
+    """
+    buffers = dict(flat.model.named_buffers())
+    targets = dict(zip(flat.names, flat.views(weights), strict=True)) | buffers
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            if names != set(targets):
+                raise CheckpointError(
+                    f"model '{path}' has other parameters than the recipe's model: {sorted(names ^ set(targets))[:6]}"
+                )
+            for name, target in targets.items():
+                values = file.get_tensor(name)
+                if values.shape != target.shape:
+                    raise CheckpointError(
+                        f"model '{path}': '{name}' has shape {list(values.shape)}, the recipe's model "
+                        f"{list(target.shape)}; use the recipe (layers, width, context) it was trained with"
+                    )
+                with torch.no_grad():
+                    target.copy_(values)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"model '{path}' cannot be read ({error})") from error
+
+
+def model_tensors(flat: Flat) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers by name, copied to host memory."""
+    named = dict(zip(flat.names, flat.views(flat.weights), strict=True)) | dict(flat.model.named_buffers())
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+
+
+class Saver:
+    """Writes a run's checkpoints in the background and keeps the last ones and the best.
+
+    folder  the run's `checkpoints` folder, seen by all ranks
+    keep    how many of the last checkpoints to keep, beside the best
+    report  told of every checkpoint that rank 0 has finished: name, seconds, bytes
+    """
+
+    def __init__(
+        self, folder: Path, comm: Comm, flat: Flat, keep: int,
+        report: Callable[[dict[str, Any]], None] = lambda _: None,
+    ):
+        self.folder, self.comm, self.flat, self.keep = folder, comm, flat, keep
+        self.best: str | None = None
+        self.report = report
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[dict[str, Any] | None] | None = None
+
+    def save(self, at: int, state: State, record: Mapping[str, Any], best: bool) -> None:
+        """Snapshot now, write in the background (all ranks, at the same step).
+
+        at      the step
+        state   this rank's part of the strategy's state
+        record  JSON values for state.json, the same on every rank
+        best    whether this is the best model so far
+
+        Raises OSError if the previous write failed (a full disk, say); the checkpoints before it are untouched.
+        """
+        self.wait()
+        name = step_name(at)
+        if best:
+            self.best = name
+        tensors = {f"slice.{k}": v.detach().to("cpu", copy=True) for k, v in state.slices.items()}
+        for split, held in state.splits.items():
+            tensors |= {f"split.{split}.{k}": v.detach().to("cpu", copy=True) for k, v in held.items()}
+        part = {"file": f"rank-{self.comm.rank:05d}.safetensors", "low": state.low, "splits": list(self.comm.splits)}
+        part["high"] = state.low + max((len(v) for v in state.slices.values()), default=0)
+        record = {**record, "at": at, "common": state.common, "best": self.best}
+        self.comm.on_root(lambda: self._clear(name))
+        whole = (lambda: self._finish(name, model, record)) if (model := self._model_on_root()) else None
+        self._writing = self._thread.submit(self._write, name, tensors, part, whole)
+
+    def _model_on_root(self) -> dict[str, torch.Tensor]:
+        return model_tensors(self.flat) if self.comm.is_root() else {}
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written by this rank. Raises OSError if it could not be."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            written = writing.result()
+            if written is not None:
+                self.report(written)
+
+    def poll(self) -> None:
+        """Raise OSError at once if the checkpoint being written has failed."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _clear(self, name: str) -> None:
+        for stale in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        (self.folder / f".{name}.tmp").mkdir(parents=True)
+
+    def _write(
+        self, name: str, tensors: dict[str, torch.Tensor], part: dict[str, Any], finish: Callable[[], None] | None
+    ) -> dict[str, Any] | None:
+        """Write this rank's part (on the writing thread); on rank 0 also `finish`, and what to report of it."""
+        temporary = self.folder / f".{name}.tmp"
+        began = time.monotonic()
+        try:
+            save_file(tensors, temporary / part["file"])
+            write_json(temporary / f"part-{self.comm.rank:05d}.json", part | _seal(temporary / part["file"]))
+            if finish is None:
+                return None
+            finish()
+            size = sum(p.stat().st_size for p in (self.folder / name).iterdir())
+            return {"name": name, "seconds": time.monotonic() - began, "bytes": size}
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"checkpoint '{self.folder / name}' could not be written ({error}); the one before it is kept. "
+                "Free some space and start the same command again to resume from it"
+            ) from error
+
+    def _finish(self, name: str, model: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Rank 0: its own files, then wait for the others' parts, the manifest, the rename, and what is kept."""
+        temporary, final = self.folder / f".{name}.tmp", self.folder / name
+        save_file(model, temporary / MODEL)
+        write_json(temporary / STATE, record)
+        files = {MODEL: _seal(temporary / MODEL), STATE: _seal(temporary / STATE)}
+        parts = []
+        for rank in range(self.comm.size):
+            path = temporary / f"part-{rank:05d}.json"
+            deadline = time.monotonic() + PART_PATIENCE_S
+            while not path.is_file():
+                if time.monotonic() > deadline:
+                    raise OSError(f"rank {rank} wrote no part in {PART_PATIENCE_S:.0f} s; is the run folder shared?")
+                time.sleep(0.02)
+            part = json.loads(path.read_text())
+            files[part["file"]] = {k: part.pop(k) for k in ("bytes", "sha256")}
+            parts.append(part)
+            path.unlink()
+        write_json(temporary / MANIFEST, {"files": files, "parts": parts})
+        _sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_folder(self.folder)
+        keep = {*sorted(p.name for p in self.folder.glob("step-*"))[-self.keep :], self.best}
+        for old in self.folder.glob("step-*"):
+            if old.name not in keep:
+                shutil.rmtree(old)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run's `checkpoints` folder (or None), and what is wrong with newer ones."""
+    complaints: list[str] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            check(path)
+            return path, complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

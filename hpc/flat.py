@@ -1,0 +1,66 @@
+"""A model's parameters and gradients as two contiguous buffers.
+
+Legend: P floats of all parameters, padded: every parameter starts at a multiple of ALIGN floats, and slices of ranks
+end at multiples of CHUNK, so that vectorised kernels meet the same elements in the same lanes for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+
+import torch
+
+ALIGN = 64
+CHUNK = 1024
+
+
+class Flat:
+    """Moves a model's parameters into one buffer [P]; the model goes on using them as views.
+
+    model    parameters must be float32 and on one device; tied parameters are kept once
+    storage  asked for a zeroed buffer of a given number of floats: the Comm decides where buffers live
+
+    Raises ValueError for a model without parameters or of another dtype.
+    """
+
+    def __init__(self, model: torch.nn.Module, storage: Callable[[int], torch.Tensor]):
+        self.model = model
+        named = list(model.named_parameters())
+        wrong = [f"{n} ({p.dtype})" for n, p in named if p.dtype != torch.float32]
+        if not named or wrong:
+            raise ValueError(f"a model needs float32 parameters, this one has {wrong or 'none'}; see 'precision'")
+        self.names = [n for n, _ in named]
+        self.parameters = [p for _, p in named]
+        self.offsets, at = [], 0
+        for parameter in self.parameters:
+            self.offsets.append(at)
+            at += -(-parameter.numel() // ALIGN) * ALIGN
+        self.size = -(-at // CHUNK) * CHUNK
+        self.count = sum(p.numel() for p in self.parameters)
+        self.weights = storage(self.size)
+        with torch.no_grad():
+            for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters' shapes as views of a buffer [P]."""
+        return [
+            buffer[offset : offset + p.numel()].view(p.shape)
+            for offset, p in zip(self.offsets, self.parameters, strict=True)
+        ]
+
+    def bind_grads(self, grads: torch.Tensor) -> None:
+        """From now on backward adds into this buffer [P]."""
+        for parameter, view in zip(self.parameters, self.views(grads), strict=True):
+            parameter.grad = view
+
+    def bounds(self, ranks: int) -> list[int]:
+        """Where the ranks' slices begin and end: `ranks + 1` offsets, multiples of CHUNK, as even as that allows."""
+        chunks = self.size // CHUNK
+        return [chunks * k // ranks * CHUNK for k in range(ranks + 1)]
+
+    def name_at(self, index: int) -> str:
+        """The name of the parameter that holds a float of the buffer."""
+        return self.names[bisect_right(self.offsets, index) - 1]

@@ -1,0 +1,158 @@
+"""Seeing a run: seconds by phase and rank, loss, frames a second; metrics.jsonl, TensorBoard and the live display.
+
+Every rank has a Meter; records are joined over ranks at fixed steps and written by rank 0. Losses are joined in the
+order of the splits, so the recorded numbers do not depend on the number of ranks either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from collectives.comm import Comm
+from hpc.runtime import Watchdog
+
+PHASES = ("read", "compute", "exchange", "validate", "checkpoint")
+
+
+class Journal(Protocol):
+    """Where rank 0's records go."""
+
+    def write(self, event: str, **values: Any) -> None: ...
+    def show(self, at: int, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Silence:
+    """The journal of every rank but rank 0, and of loops that only measure."""
+
+    def write(self, event: str, **values: Any) -> None:
+        pass
+
+    def show(self, at: int, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RunJournal:
+    """metrics.jsonl (appended, a line an event), TensorBoard events, and a progress bar on a terminal.
+
+    folder       the run's folder
+    steps        the run's last step, for the bar
+    tensorboard  whether to write events to `folder/tensorboard`
+    """
+
+    def __init__(self, folder: Path, steps: int, tensorboard: bool):
+        path = folder / "metrics.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._file.write("\n" if torn else "")  # a crash may have left half a line
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is wanted
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._live = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), disable=not self._live,
+        )
+        self._task = self._bar.add_task("", total=steps)
+        self._bar.start()
+
+    def write(self, event: str, **values: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+        self._file.flush()
+        if self._board is not None and event in ("train", "validate"):
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{event}/{name}", value, values["step"])
+
+    def show(self, at: int, text: str) -> None:
+        self._bar.update(self._task, completed=at, description=text)
+        if not self._live:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Meter:
+    """Counts seconds by phase, losses by split, and frames; beats the watchdog.
+
+    comm       to join the ranks' counts
+    journal    where rank 0 writes
+    every      steps between records
+    progress   step -> (epochs, frames) from the start of training to there, over all splits
+    """
+
+    def __init__(
+        self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int, progress: Callable[[int], tuple[float, int]]
+    ):
+        self.comm, self.journal, self.watchdog = comm, journal, watchdog
+        self.every, self.progress = every, progress
+        self.at = 0
+        self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._losses: dict[int, list[float]] = {}
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the seconds of a block as this phase's."""
+        self.watchdog.beat(f"in phase '{phase}' after step {self.at}")
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._seconds[phase] += seconds
+            self.totals[phase] += seconds
+
+    def add(self, split: int, total: torch.Tensor, count: int) -> float:
+        """Take in a batch's summed loss; returns it as a number."""
+        value = float(total.detach())
+        held = self._losses.setdefault(split, [0.0, 0])
+        held[0] += value
+        held[1] += count
+        return value
+
+    def turn(self, at: int, learning_rate: float) -> None:
+        """A turn is done; every `every` steps the ranks' counts are joined and recorded (collective then)."""
+        before, self.at = self.at, at
+        if at // self.every != before // self.every:
+            self._record(at, learning_rate)
+
+    def _record(self, at: int, learning_rate: float) -> None:
+        seconds = time.perf_counter() - self._since
+        frames = sum(int(c) for _, c in self._losses.values())
+        mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / seconds, **self._seconds}
+        joined = self.comm.gather({"mine": mine, "losses": sorted(self._losses.items())})
+        losses = sorted(entry for rank in joined for entry in rank["losses"])
+        count = sum(int(c) for _, (_, c) in losses)
+        loss = math.fsum(total for _, (total, _) in losses) / max(count, 1)
+        epoch, all_frames = self.progress(at)
+        self.journal.write(
+            "train", step=at, epoch=epoch, frames=all_frames, loss=loss, learning_rate=learning_rate,
+            frames_per_s=count / seconds, seconds=seconds, by_rank=[rank["mine"] for rank in joined],
+        )
+        speed = f"{count / seconds:,.0f} frames/s"
+        self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4f}  {speed}  learning rate {learning_rate:.4g}")
+        self._clear()

@@ -1,0 +1,118 @@
+"""`trireme predict`: a finished run's outputs for every utterance, as a Kaldi archive or HDF5."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kaldiio
+import numpy as np
+import torch
+
+from collectives.comm import Comm
+from hpc.build import load_run
+from hpc.evaluate import PIECE_ROWS, batches_of
+from hpc.run import read_data
+from hpc.shards import Dataset, ShardWriter
+
+EXAMPLES = """examples:
+  trireme predict runs/an4 data/an4/test --to ark --priors      # scaled log-likelihoods for a Kaldi decoder
+  trireme predict runs/an4 data/an4/test --to h5 --out posteriors
+  mpiexec -n 4 python -m mpi4py -m hpc predict runs/an4 data/an4/test --to ark --priors
+
+writes OUT/predictions-RANK.ark with OUT/predictions.scp, or OUT/predictions-RANK.h5 (field 'predictions').
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("data", type=Path, help="folder of a data set")
+    parser.add_argument("--to", required=True, choices=["ark", "h5"], help="Kaldi archive with scp, or HDF5")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: RUN/predictions-DATA)")
+    parser.add_argument(
+        "--priors", action="store_true",
+        help="subtract the training set's log class priors: scaled log-likelihoods instead of log posteriors",
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
+
+def run(arguments: argparse.Namespace, comm: Comm) -> int:
+    """Write a finished run's outputs for every utterance of a data set (collective)."""
+    _, task, model, device = load_run(arguments.run, arguments.device, comm)
+    shift = log_priors(read_data(arguments.run)["fields"]["labels"]) if arguments.priors else None
+    dataset = Dataset(arguments.data, task.fields)
+    out = arguments.out or arguments.run / f"predictions-{arguments.data.name}"
+    comm.on_root(lambda: _clear(out))
+    write = _write_ark if arguments.to == "ark" else _write_h5
+    stem = f"predictions-{comm.rank:05d}"
+    lines = comm.each(lambda: write(out, stem, predictions(task, model, dataset, comm, device, shift)))
+    written = [line for rank in lines for line in rank]
+    if arguments.to == "ark":
+        comm.on_root(lambda: (out / "predictions.scp").write_text("".join(sorted(written)), encoding="utf-8"))
+    what = "scaled log-likelihoods" if arguments.priors else "log posteriors"
+    comm.on_root(lambda: print(f"{len(written)} utterances of {what} in {out}"))
+    return 0
+
+
+def _clear(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("predictions*"):
+        old.unlink()
+
+
+def log_priors(labels: dict[str, Any]) -> np.ndarray:
+    """Log of every class's share [C] of the training frames; a class never seen counts as half a frame."""
+    counts = np.maximum(np.array(labels["counts"], np.float64), 0.5)
+    return np.log(counts / counts.sum()).astype(np.float32)
+
+
+def predictions(
+    task: Any, model: torch.nn.Module, dataset: Dataset, comm: Comm, device: Any, shift: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and outputs [T, C] of this rank's utterances: those that begin in its evaluation pieces are dealt to it."""
+    keys = dataset.keys()
+    with torch.no_grad():
+        for index in comm.mine(math.ceil(dataset.rows / PIECE_ROWS)):
+            begin, end = index * PIECE_ROWS, min((index + 1) * PIECE_ROWS, dataset.rows)
+            first, last = np.searchsorted(dataset.starts[:-1], [begin, end])
+            if first == last:
+                continue
+            rows = int(dataset.starts[first]), int(dataset.starts[last])
+            outputs = []
+            for batch in batches_of(task, dataset, rows, device.place):
+                with device.autocast():
+                    outputs.append(task.predict(model, batch).float().cpu().numpy())
+            whole = np.concatenate(outputs)
+            if shift is not None:
+                whole -= shift
+            edges = dataset.starts[first : last + 1] - rows[0]
+            for key, low, high in zip(keys[first:last], edges[:-1], edges[1:], strict=True):
+                yield key, whole[low:high]
+
+
+def _write_ark(out: Path, stem: str, pairs: Iterator[tuple[str, np.ndarray]]) -> list[str]:
+    scp = out / f"{stem}.scp"
+    with kaldiio.WriteHelper(f"ark,scp:{out / stem}.ark,{scp}") as archive:
+        for key, values in pairs:
+            archive(key, values)
+    lines = scp.read_text(encoding="utf-8").splitlines(keepends=True)
+    scp.unlink()
+    return lines
+
+
+def _write_h5(out: Path, stem: str, pairs: Iterator[tuple[str, np.ndarray]]) -> list[str]:
+    first = next(pairs, None)
+    if first is None:
+        return []
+    keys = []
+    with ShardWriter(out / f"{stem}.h5", {"predictions": (first[1].shape[1:], np.float32)}) as writer:
+        writer.append(first[0], {"predictions": first[1]})
+        keys.append(first[0])
+        for key, values in pairs:
+            writer.append(key, {"predictions": values})
+            keys.append(key)
+    return keys

@@ -1,0 +1,25 @@
+"""`trireme prepare KIND`: one converter a kind of data."""
+
+from __future__ import annotations
+
+import argparse
+
+from collectives.comm import Comm
+from hpc.prepare import frames
+
+KINDS = {"frames": (frames, "make data sets of frames with a label each, from audio, Kaldi or Sphinx files")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, (module, text) in KINDS.items():
+        kind = kinds.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(kind)
+
+
+def run(arguments: argparse.Namespace, comm: Comm) -> int:
+    """Make the data sets (collective)."""
+    return KINDS[arguments.kind][0].run(arguments, comm)

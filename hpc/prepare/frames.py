@@ -1,0 +1,245 @@
+"""Frames with labels, from sound files, Kaldi or Sphinx, as data sets: `trireme prepare frames`.
+
+Utterances are written in a seeded shuffle of their sorted keys, and dealt to shards in contiguous runs of that order:
+any contiguous run of a data set is a fair sample of it. Features are stored as they are; their mean and standard
+deviation, of the training set alone, are in every set's `dataset.json`. What is written is the same, byte for byte, for
+any number of ranks. An interrupted preparation is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter as Tally
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from collectives.comm import Comm, RootFailed
+from hpc.prepare import journal, manifests
+from hpc.prepare.frames_options import add_arguments, holdout_of, out_of, show, source_of
+from hpc.prepare.holdout import Holdout, runs, shuffled
+from hpc.prepare.pairs import Form, Source, build_pair
+from hpc.prepare.progress import Counter
+from hpc.shards import MANIFEST, DataError, read_manifest, write_json
+
+__all__ = ["add_arguments", "main", "prepare_frames", "run"]
+
+
+def prepare_frames(
+    comm: Comm, source: Source, out: Path, *, shards: int = 8, deltas: int = 0, validation: Holdout | None = None,
+    seed: int = 0, into: str | None = None, stats_from: Path | None = None, overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write the data sets OUT/train and OUT/validation, or OUT/`into` alone (collective; ranks share the shards).
+
+    source      where utterances come from
+    out         the folder of the data sets
+    shards      pairs of shards a set has at most; a smaller set has fewer in proportion
+    deltas      orders of deltas to add to the features: 0, 1 or 2
+    validation  what to hold out; None: a tenth of the utterances
+    seed        decides the order of utterances and, with the keys, what is held out
+    into        write everything into this one set, and hold nothing out
+    stats_from  a data set to take mean, standard deviation and class names from
+    overwrite   remove what another preparation left in the sets' folders
+    quiet       show no progress
+
+    Returns {"state": "new", "continued" or "finished", "resumed": shards found finished, "sets": [{"set", "shards",
+    "utterances", "frames", "hours", "classes", "present", "majority": [name, share]}], "notes", "seconds"}.
+    Raises DataError, on every rank, for data that cannot be trained on or a folder that holds something else (then no
+    `dataset.json` is written); OSError; RootFailed on the ranks that did not fail themselves.
+    """
+    started = time.monotonic()
+    if shards < 1:
+        raise ValueError(f"--shards {shards}: expected at least 1")
+    cut = _cut(source, shards, validation or Holdout(fraction=0.1), seed, into)
+    given = None if stats_from is None else comm.on_root(lambda: manifests.given_statistics(stats_from))
+    names = _names(source, given, stats_from)
+    description = {**source.description, "deltas": deltas}
+    if given is not None:
+        manifests.check_description(given["description"], description, Path(str(stats_from)))
+    options = {
+        "source": source.options, "shards": shards, "deltas": deltas, "seed": seed, "set": into,
+        "validation": None if into else (validation or Holdout(fraction=0.1)).options(),
+        "stats_from": None if given is None else {"folder": str(stats_from), "sha256": given["sha256"]},
+    }
+    folders = {name: out / name for name in cut}
+    mark = comm.on_root(lambda: journal.fingerprint(options, _lines(source, cut)))
+    state = comm.on_root(lambda: journal.claim(list(folders.values()), mark, options, overwrite))
+    report: dict[str, Any] = {"state": state, "resumed": 0, "notes": list(source.notes)}
+    if state != "finished":
+        form = _form(comm, source, next(iter(cut.values()))[0][0], names, deltas, given)
+        records, report["resumed"] = _build(comm, source, folders, cut, form, mark, quiet)
+        report["notes"] += _tallied(records)
+        prepared = {**options, "notes": report["notes"], "fingerprint": mark}
+        comm.on_root(lambda: _finish(folders, records, names, given, description, prepared))
+    else:
+        report["notes"] = comm.on_root(lambda: read_manifest(next(iter(folders.values())))["prepared"]["notes"])
+    report["sets"] = comm.on_root(lambda: [_summary(name, read_manifest(folder)) for name, folder in folders.items()])
+    return {**report, "seconds": time.monotonic() - started}
+
+
+Cut = dict[str, list[list[str]]]  # set name -> its shards' keys, the set that statistics are computed from first
+
+
+def _cut(source: Source, shards: int, validation: Holdout, seed: int, into: str | None) -> Cut:
+    """The keys of every shard of every set. Raises DataError for no utterances or a key that appears twice."""
+    keys = source.keys()
+    if not keys:
+        raise DataError("there are no utterances to prepare" + "".join(f"; {note}" for note in source.notes))
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, count in Tally(keys).items() if count > 1)
+        raise DataError(f"key '{twice}' appears twice; keys must be unique")
+    order = shuffled(keys, seed)
+    if into is not None:
+        if not into.replace("-", "").replace("_", "").isalnum():
+            raise ValueError(f"--set '{into}': expected a name of letters, digits, '-' and '_', e.g. test")
+        return {into: runs(order, shards)}
+    held = validation.choose(keys, seed)
+    train = [key for key in order if key not in held]
+    cut = {"train": runs(train, shards)}
+    if held:
+        in_proportion = max(1, -(-shards * len(held) // len(keys)))
+        cut["validation"] = runs([key for key in order if key in held], in_proportion)
+    return cut
+
+
+def _lines(source: Source, cut: Cut) -> list[str]:
+    keys = [f"{name} {i} {key}" for name, pieces in cut.items() for i, piece in enumerate(pieces) for key in piece]
+    return keys + source.digest()
+
+
+def _names(source: Source, given: dict[str, Any] | None, folder: Path | None) -> list[str] | None:
+    """Class names as far as they are known beforehand. Raises DataError if two places disagree."""
+    if given is None:
+        return source.names
+    if source.names is not None and source.names != given["names"]:
+        raise DataError(
+            f"the classes given ({len(source.names)}, first '{source.names[0]}') are not those of '{folder}' "
+            f"({len(given['names'])}, first '{given['names'][0]}'); leave out --names and --classes to use the latter"
+        )
+    return list(given["names"])
+
+
+def _form(
+    comm: Comm, source: Source, first: str, names: list[str] | None, deltas: int, given: dict[str, Any] | None
+) -> Form:
+    """The form of every utterance, from the first one. Raises DataError if given statistics have another width."""
+    width = comm.on_root(lambda: int(source.load(first)[0].shape[1]))
+    form = Form(width, first, None if names is None else len(names), deltas)
+    if given is not None and len(given["mean"]) != form.final_width:
+        raise DataError(
+            f"--stats-from has {len(given['mean'])} values a frame, these features have {form.final_width} with "
+            f"deltas = {deltas}; prepare both the same way"
+        )
+    return form
+
+
+def _build(
+    comm: Comm, source: Source, folders: dict[str, Path], cut: Cut, form: Form, mark: str, quiet: bool
+) -> tuple[dict[str, list[Any]], int]:
+    """Records of all shards, a list a set, and how many were found finished (collective).
+
+    Shards are built in rounds of one a rank; after every round the ranks agree whether all went well.
+    """
+    jobs = [(name, index) for name, pieces in cut.items() for index in range(len(pieces))]
+    records: dict[tuple[str, int], Any] = {}
+
+    def take(work: Sequence[tuple[str, int]], act: Any) -> None:
+        answers = comm.each(lambda: [act(*work[i]) for i in comm.mine(len(work))])
+        for rank, part in enumerate(answers):
+            for job, record in zip(work[rank :: comm.size], part, strict=True):
+                if record is not None:
+                    records[job] = record
+
+    take(jobs, lambda name, index: journal.remembered(folders[name], index, len(cut[name]), mark))
+    resumed = len(records)
+    todo = [job for job in jobs if job not in records]
+    total = sum(len(piece) for pieces in cut.values() for piece in pieces)
+    with Counter(comm.is_root() and not quiet, total) as counter:
+
+        def build(name: str, index: int) -> dict[str, Any]:
+            keys, count = cut[name][index], len(cut[name])
+            record = build_pair(source, keys, folders[name], index, count, form, counter.advance)
+            journal.remember(folders[name], index, count, mark, record)
+            return record
+
+        for at in range(0, len(todo), comm.size):
+            counter.correct(sum(r["utterances"] for r in records.values()), sum(r["frames"] for r in records.values()))
+            take(todo[at : at + comm.size], build)
+    return {name: [records[name, i] for i in range(len(pieces))] for name, pieces in cut.items()}, resumed
+
+
+def _tallied(records: dict[str, list[Any]]) -> list[str]:
+    total: Tally[str] = Tally()
+    for record in (r for part in records.values() for r in part):
+        total.update(record["tally"])
+    return [f"{what}: {count}" for what, count in sorted(total.items())]
+
+
+def _finish(
+    folders: dict[str, Path], records: dict[str, list[Any]], names: list[str] | None, given: dict[str, Any] | None,
+    description: dict[str, Any], prepared: dict[str, Any],
+) -> None:
+    """Write every set's manifest, the training set's last, then remove what only an unfinished preparation needs."""
+    first = next(iter(folders))
+    mean, std = (given["mean"], given["std"]) if given else manifests.mean_and_std(records[first])
+    if names is None:
+        names = [str(i) for i in range(len(manifests.class_counts([r for part in records.values() for r in part])))]
+    for name in reversed(folders):
+        manifest = manifests.frames_manifest(records[name], mean, std, names, description, prepared)
+        write_json(folders[name] / MANIFEST, manifest)
+    journal.close(list(folders.values()))
+
+
+def _summary(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    labels, features = manifest["fields"]["labels"], manifest["fields"]["features"]
+    most = max(range(labels["classes"]), key=lambda label: labels["counts"][label])
+    return {
+        "set": name, "shards": len(manifest["shards"]), "utterances": manifest["utterances"],
+        "frames": manifest["frames"],
+        "hours": manifest["frames"] / features["description"]["frames_per_second"] / 3600, "width": features["width"],
+        "classes": labels["classes"], "present": sum(count > 0 for count in labels["counts"]),
+        "majority": [labels["names"][most], labels["counts"][most] / manifest["frames"]],
+    }
+
+
+def run(args: argparse.Namespace, comm: Comm) -> int:
+    """What `trireme prepare frames` does (collective): 0. Raises as `prepare_frames` does, on every rank."""
+    out = out_of(args)
+    stats_from = None if args.stats_from is None else Path(args.stats_from)
+    given = None if stats_from is None else comm.on_root(lambda: manifests.given_statistics(stats_from)["names"])
+    holdout: list[Holdout] = []
+    comm.each(lambda: holdout.append(holdout_of(args)))
+    source = source_of(args, comm, given)
+    report = prepare_frames(
+        comm, source, out, shards=args.shards, deltas=args.deltas, validation=holdout[0], seed=args.seed,
+        into=args.set, stats_from=stats_from, overwrite=args.overwrite,
+    )
+    comm.on_root(lambda: show(report, out))
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`python -m hpc.prepare.frames`: the same as `trireme prepare frames`. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="trireme prepare frames")
+    add_arguments(parser)
+    args = parser.parse_args(words)
+    comm = Comm.start()
+    try:
+        return run(args, comm)
+    except (OSError, ValueError, RootFailed) as error:
+        if comm.is_root():  # every rank raises; rank 0's error names the cause wherever it arose
+            print(f"trireme prepare frames: error: {error}", file=sys.stderr, flush=True)
+        comm.barrier()
+        return 1
+    except Exception:  # a fault of the program: on one rank perhaps, so no other may wait for it
+        traceback.print_exc()
+        comm.abort(1)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

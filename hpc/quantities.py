@@ -1,0 +1,58 @@
+"""Numbers as people read them: durations, counts, metrics, moments."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from hpc.records import number
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds as a date and time, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "0.21 s", "41.2 s", "12 min 3 s", "5 h 07 min"; "–" if they are not known."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes = seconds / 60
+    if minutes < 60:
+        return f"{int(minutes)} min {int(seconds % 60)} s"
+    return f"{int(minutes // 60):,} h {int(minutes % 60):02d} min"
+
+
+def amount(value: Any) -> str:
+    """A count in at most five characters and a letter: "980", "41.3 k", "2.15 M"; "–" if it is not known."""
+    value = number(value)
+    if not math.isfinite(value):
+        return "–"
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            scaled = value / (1e3 if letter == "k" else size)
+            return f"{scaled:.3g} {letter}" if scaled < 1000 else f"{scaled:,.0f} {letter}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def metric(name: str, value: Any) -> str:
+    """A metric as text: errors and accuracies in percent, the rest to four decimals; "–" if it is not known."""
+    value = number(value)
+    if math.isnan(value):
+        return "–"
+    if is_fraction(name):
+        return f"{value:.2%}"
+    return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.5g}"
+
+
+def is_fraction(name: str) -> bool:
+    """Whether a metric is shown as a percentage: *_error and accuracy are fractions of 1."""
+    return name.endswith(("_error", "accuracy"))
+
+
+def spoken(name: str) -> str:
+    """A key as people say it: "frame_error" is "frame error"."""
+    return name.replace("_", " ")

@@ -1,0 +1,109 @@
+"""The run folder: the whole record of a run.
+
+    recipe.toml         the resolved recipe
+    data.json           what the model must know of its training data (dimensions, classes, mean, deviation, counts)
+    metrics.jsonl       every record, a line an event (see meter.py)
+    checkpoints/        see checkpoint.py
+    logs/, tensorboard/
+    model.safetensors   the model that ships: the best on validation (without a validation set, the last)
+    success             JSON; there only if the run came to its end
+    failure.json        rank, host, step and cause of the last failure
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import tomllib
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hpc.config import Recipe, differences
+from hpc.shards import MANIFEST, sha256_of, write_json
+
+RECIPE, DATA, SUCCESS, FAILURE, MODEL = "recipe.toml", "data.json", "success", "failure.json", "model.safetensors"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
+class RunFolder:
+    """A run's folder, opened for training on rank 0.
+
+    path  the folder; made if it is not there
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+
+    def open(self, recipe: Recipe, fields: dict[str, Any]) -> bool:
+        """Make the folder, or check that it belongs to this recipe and data; whether the run is finished already.
+
+        Raises RunError naming the keys that differ, if it holds another recipe's run.
+        """
+        data = {"fields": fields, "train": _digest(recipe.data.train), "validation": _digest(recipe.data.validation)}
+        if (self.path / RECIPE).exists():
+            held = tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+            changed = differences(held, recipe.to_dict())
+            held_data = read_data(self.path)
+            other = [k for k in ("train", "validation") if held_data[k] != data[k]]
+            changed += [f"data.{k}: another data set than before" for k in other]
+            if changed:
+                raise RunError(
+                    f"run folder '{self.path}' holds a run of another recipe ({'; '.join(changed)}); "
+                    f"choose another folder (run=...), or remove it to start over"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunError(f"'{self.path}' is not empty and not a run folder; choose another one (run=...)")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / DATA, data)
+        temporary = self.path / f".{RECIPE}.tmp"
+        temporary.write_text(recipe.to_toml(), encoding="utf-8")
+        os.replace(temporary, self.path / RECIPE)
+        return (self.path / SUCCESS).exists()
+
+    def ship(self, checkpoint: str, summary: dict[str, Any]) -> dict[str, Any]:
+        """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256."""
+        temporary = self.path / f".{MODEL}.tmp"
+        shutil.copyfile(self.checkpoints / checkpoint / MODEL, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / MODEL)
+        whole = summary | {"sha256": sha256_of(self.path / MODEL)}
+        write_json(self.path / SUCCESS, whole)
+        (self.path / FAILURE).unlink(missing_ok=True)
+        return whole
+
+    def fail(self, rank: int, host: str, where: str, error: BaseException) -> None:
+        """Keep the cause of a failure; a disk too full even for that is not the failure to report."""
+        cause = {
+            "time": time.time(), "rank": rank, "host": host, "where": where,
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        if self.path.is_dir():
+            try:
+                write_json(self.path / FAILURE, cause)
+            except OSError as second:
+                print(f"(failure.json could not be written either: {second})")
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What a run kept of its data. Raises RunError if the folder is no run folder."""
+    try:
+        return json.loads((path / DATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"'{path}' is not a run folder ({DATA}: {error})") from error
+
+
+def _digest(folder: str) -> str:
+    if not folder:
+        return ""
+    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()

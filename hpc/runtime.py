@@ -1,0 +1,137 @@
+"""What a rank process is: its device, threads, stop signals, watchdog and log."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.metadata as metadata
+import logging
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+PREEMPTED = 75  # exit code (EX_TEMPFAIL): checkpointed, start the same command again to go on
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Device:
+    """Where a rank computes, and in which precision.
+
+    name        "cpu", "cuda", or "auto": a GPU if torch sees one
+    precision   "float32", or "bfloat16": matrix products in bfloat16, weights and sums in float32
+    local_rank  this rank's number on its host: GPUs are dealt round robin
+    threads     threads of the CPU's matrix library
+
+    Raises ValueError if "cuda" is asked for and torch sees no GPU.
+    """
+
+    def __init__(self, name: str, precision: str, local_rank: int, threads: int):
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = 'cuda', but torch sees no GPU here; set device = 'cpu' or see 'trireme doctor'")
+        self.torch = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if name == "cuda" else name)
+        self.precision = precision
+        self.threads = threads
+        torch.set_num_threads(threads)
+
+    def place(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor on this device."""
+        return value.to(self.torch, non_blocking=True)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which losses are computed."""
+        if self.precision == "bfloat16":
+            return torch.autocast(self.torch.type, torch.bfloat16)
+        return nullcontext()
+
+
+class StopFlag:
+    """Raised by SIGTERM, SIGUSR1 (preemption, time limit) or a first Ctrl-C: checkpoint at the next step, then exit."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def listen(self) -> StopFlag:
+        """Catch the signals from now on (main thread only)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._caught)
+        return self
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Watchdog:
+    """Ends the job when a rank has shown no progress for too long, after printing all its threads' stacks.
+
+    patience  seconds without a beat; 0: never
+    label     who this is, e.g. "rank 3 on node7"
+    """
+
+    def __init__(self, patience: float, label: str, abort: Callable[[int], None]):
+        self.patience, self.label, self.abort = patience, label, abort
+        self.where = "starting"
+        self._beaten = time.monotonic()
+        self._closed = threading.Event()
+        if patience:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, where: str) -> None:
+        """Progress: `where` is what the rank does now."""
+        self.where, self._beaten = where, time.monotonic()
+
+    def close(self) -> None:
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self.patience / 4)):
+            # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
+            faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
+            if time.monotonic() - self._beaten > self.patience:
+                print(
+                    f"[{self.label}] no progress for {self.patience:g} s while {self.where}: ending the job; "
+                    "the stacks of this rank's threads:", file=sys.stderr, flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                self.abort(1)
+
+
+def open_log(rank: int, host: str, folder: Path | None) -> logging.Logger:
+    """The rank's log: warnings (rank 0: everything) to stderr with the rank in front, everything to its own file."""
+    log = logging.getLogger("trireme")
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(logging.WARNING if rank else logging.INFO)
+    handlers: list[logging.Handler] = [screen]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank} on {host}] %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    return log
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a run was made with."""
+    names = ("trireme", "torch", "numpy", "h5py", "mpi4py", "safetensors")
+    found = {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,51 @@
+"""`trireme evaluate`: a finished run's metrics on a data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from collectives.comm import Comm
+from hpc.build import load_run
+from hpc.evaluate import evaluate
+from hpc.shards import Dataset
+
+EXAMPLES = """examples:
+  trireme evaluate runs/demo data/demo/validation
+  mpiexec -n 4 python -m mpi4py -m hpc evaluate runs/demo data/demo/validation --json
+"""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("data", type=Path, help="folder of a data set")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+
+
+def run(arguments: argparse.Namespace, comm: Comm) -> int:
+    """Print a finished run's metrics on a data set (collective)."""
+    _, task, model, device = load_run(arguments.run, arguments.device, comm)
+    dataset = Dataset(arguments.data, task.fields)
+    metrics = evaluate(task, model, dataset, comm, device.place, device.autocast)
+    comm.on_root(lambda: _print_metrics(arguments, dataset, metrics))
+    return 0
+
+
+def _print_metrics(arguments: argparse.Namespace, dataset: Dataset, metrics: dict[str, float]) -> None:
+    if arguments.json:
+        print(json.dumps({"run": str(arguments.run), "data": str(arguments.data), "frames": dataset.rows, **metrics}))
+        return
+    table = Table(title=f"{arguments.run} on {arguments.data}: {dataset.utterances} utterances, {dataset.rows} frames")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    counts = dataset.field("labels").get("counts") if "labels" in dataset.manifest["fields"] else None
+    if counts:
+        table.add_row("frame_error of the majority class", f"{1 - max(counts) / sum(counts):.4f}")
+    Console().print(table)

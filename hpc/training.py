@@ -1,0 +1,97 @@
+"""`trireme train`: one recipe, start to finish."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from collectives.comm import Comm
+from hpc.build import make_job, registry
+from hpc.checkpoint import step_name
+from hpc.config import Recipe, load
+from hpc.run import MODEL, SUCCESS, RunFolder
+from hpc.runtime import PREEMPTED, Device, Watchdog, open_log, versions
+from hpc.train import Job, train
+
+EXAMPLES = """examples:
+  trireme train jobs/recipes/demo.toml
+  mpiexec -n 2 python -m mpi4py -m hpc train jobs/recipes/demo.toml
+  mpiexec -n 4 python -m mpi4py -m hpc train my.toml optim.learning_rate=0.05 splits=8 run=runs/faster
+
+The same command started again goes on from the last checkpoint, with any number of ranks that divides 'splits', and
+learns exactly what it would have learned without the interruption. SIGTERM, SIGUSR1 or Ctrl-C: checkpoint at the next
+step and exit with code 75.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("recipe", help="a recipe file (TOML); those that come with Trireme are in jobs/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
+
+
+def run(arguments: argparse.Namespace, comm: Comm) -> int:
+    """Train, resume, or say that the run is finished; the exit code (collective)."""
+    comm.on_root(lambda: load(arguments.recipe, arguments.overrides, registry()) and None)  # one complaint, not K
+    recipe = load(arguments.recipe, arguments.overrides, registry())
+    return run_recipe(recipe, comm)
+
+
+def run_recipe(recipe: Recipe, comm: Comm) -> int:
+    """Train a resolved recipe in its run folder; 0, or PREEMPTED if it was asked to stop (collective)."""
+    folder = RunFolder(recipe.run)
+    device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
+    watchdog = Watchdog(recipe.log.watchdog, f"rank {comm.rank} on {comm.host}", comm.abort)
+    try:
+        made = make_job(recipe, comm, device, folder, watchdog)
+        if made is None:
+            comm.on_root(lambda: print(f"{folder.path} is finished ({SUCCESS} is there); nothing to do"))
+            return 0
+        open_log(comm.rank, comm.host, folder.logs)
+        return _train(recipe, *made, folder)
+    except Exception as error:
+        where = f"while {watchdog.where}"
+        error.add_note(where)
+        folder.fail(comm.rank, comm.host, where, error)
+        raise
+    finally:
+        watchdog.close()
+
+
+def _train(recipe: Recipe, job: Job, at: int, folder: RunFolder) -> int:
+    comm, journal, began = job.comm, job.meter.journal, time.monotonic()
+    hosts = sorted(set(comm.gather(comm.host)))
+    train_frames = job.batches.dataset.rows
+    journal.write(
+        "start", step=at, resumed_from=step_name(at) if at else None, ranks=comm.size, hosts=hosts,
+        splits=comm.n_splits,
+        parameters=job.saver.flat.count, train_frames=train_frames, validation_frames=job.validation_frames,
+        batch=recipe.data.batch, steps_per_epoch=job.batches.per_epoch, device=str(job.device.torch),
+        threads=recipe.threads, precision=recipe.precision, versions=versions(),
+    )
+    log = logging.getLogger("trireme")
+    log.info(
+        "%s: %s parameters, %s training frames, %d ranks on %s, %d splits, steps %d to %d",
+        folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", comm.size, ", ".join(hosts), comm.n_splits, at,
+        job.schedule.steps,
+    )
+    finished = train(job, at)
+    job.batches.close()
+    comm.barrier()
+    end: dict[str, Any] = {
+        "step": job.meter.at, "frames": job.meter.progress(job.meter.at)[1], "seconds": time.monotonic() - began,
+        "best_step": job.schedule.best_at, "best": {job.metric: job.schedule.best} if job.evaluate else {},
+        "stopped": job.schedule.stopped if finished else "preempted", "ranks": comm.size,
+    }
+    if finished:
+        end = comm.on_root(lambda: folder.ship(job.saver.best or step_name(job.meter.at), end))
+    journal.write("end", **end)
+    journal.close()
+    if not finished:
+        log.info("asked to stop: checkpointed at step %d; start the same command to go on", job.meter.at)
+        return PREEMPTED
+    comm.on_root(lambda: print(f"model: {Path(folder.path, MODEL)}  sha256 {end['sha256'][:16]}"))
+    return 0

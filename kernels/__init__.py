@@ -1,0 +1,1 @@
+"""Fused arithmetic, each under one name with a CPU and a CUDA side."""

@@ -1,0 +1,1 @@
+"""What is trained: tasks, their models and their losses. Nothing here knows how ranks exchange anything."""
