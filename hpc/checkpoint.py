@@ -140,7 +140,7 @@ class Saver:
 
     folder  the run's `checkpoints` folder, seen by all ranks
     keep    how many of the last checkpoints to keep, beside the best
-    report  told of every checkpoint that rank 0 has finished: name, seconds, bytes
+    report  told of every checkpoint that rank 0 has finished: step, name, seconds, bytes
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class Saver:
         part["high"] = state.low + max((len(v) for v in state.slices.values()), default=0)
         record = {**record, "at": at, "common": state.common, "best": self.best}
         self.comm.on_root(lambda: self._clear(name))
-        whole = (lambda: self._finish(name, model, record)) if (model := self._model_on_root()) else None
-        self._writing = self._thread.submit(self._write, name, tensors, part, whole)
+        finish = (lambda: self._finish(name, model, record)) if (model := self._model_on_root()) else None
+        self._writing = self._thread.submit(self._write, at, tensors, part, finish)
 
     def _model_on_root(self) -> dict[str, torch.Tensor]:
         return model_tensors(self.flat) if self.comm.is_root() else {}
@@ -203,9 +203,10 @@ class Saver:
         (self.folder / f".{name}.tmp").mkdir(parents=True)
 
     def _write(
-        self, name: str, tensors: dict[str, torch.Tensor], part: dict[str, Any], finish: Callable[[], None] | None
+        self, at: int, tensors: dict[str, torch.Tensor], part: dict[str, Any], finish: Callable[[], None] | None
     ) -> dict[str, Any] | None:
         """Write this rank's part (on the writing thread); on rank 0 also `finish`, and what to report of it."""
+        name = step_name(at)
         temporary = self.folder / f".{name}.tmp"
         began = time.monotonic()
         try:
@@ -215,7 +216,7 @@ class Saver:
                 return None
             finish()
             size = sum(p.stat().st_size for p in (self.folder / name).iterdir())
-            return {"name": name, "seconds": time.monotonic() - began, "bytes": size}
+            return {"step": at, "name": name, "seconds": time.monotonic() - began, "bytes": size}
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(

@@ -1,0 +1,194 @@
+"""The laws of every strategy, at 1 to 4 ranks. A new strategy inherits the table by one line in STRATEGIES."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from collectives.allreduce import AllReduce
+from collectives.comm import Comm
+from collectives.strategy import Rate, TrainingFailed
+from hpc import optim
+from hpc.checkpoint import Checkpoint, Saver, step_name
+from hpc.flat import Flat
+
+STRATEGIES = {
+    "allreduce": AllReduce,
+    "allreduce, clipped": lambda *parts: AllReduce(*parts, clip_norm=0.05),
+}
+RULES = {
+    "sgd": lambda: optim.SGD(learning_rate=0.1),
+    "adam": lambda: optim.Adam(learning_rate=0.01, weight_decay=0.01),
+}
+SPLITS = 12
+CPU = torch.device("cpu")
+
+laws = pytest.mark.mpi(ranks=[1, 2, 3, 4], timeout=120)
+
+
+class Problem:
+    """A small regression, whose data is a function of (split, step) alone, on some ranks."""
+
+    def __init__(self, name, comm, rule="adam", splits=SPLITS, dry=()):
+        torch.set_num_threads(1)
+        self.comm = comm.with_splits(splits)
+        torch.manual_seed(1)
+        self.model = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Sigmoid(), torch.nn.Linear(101, 13))
+        self.flat = Flat(self.model, lambda count: self.comm.zeros(count, CPU))
+        self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule]())
+        self.dry = dry
+        self.at = 0
+
+    def run(self, turns):
+        for _ in range(turns):
+            self.strategy.rate = Rate(0.1, 0)
+            n = self.strategy.span(1)
+            for split in self.comm.splits:
+                self.strategy.enter(split)
+                for t in range(self.at, self.at + n):
+                    self.strategy.step(split, self.learn(split, t))
+                self.strategy.leave(split)
+            self.strategy.advance(n)
+            self.at += n
+        return self
+
+    def learn(self, split, t):
+        if (split, t) in self.dry:
+            return 0
+        random = torch.Generator().manual_seed(1000 * t + split)
+        inputs = torch.randn(7 + split % 3, 37, generator=random)
+        ((self.model(inputs) - inputs[:, :13]) ** 2).sum().backward()
+        return len(inputs)
+
+    def digest(self):
+        return hashlib.sha256(self.flat.weights.numpy().tobytes()).hexdigest()
+
+
+def alone():
+    return Comm(world=MPI.COMM_SELF)
+
+
+@laws
+def test_the_model_is_the_same_for_every_number_of_ranks():
+    for name in STRATEGIES:
+        for rule in RULES:
+            world = Problem(name, Comm(), rule).run(5)
+            reference = Problem(name, alone(), rule).run(5)
+            assert set(world.comm.gather(world.digest())) == {reference.digest()}, (name, rule)
+            assert reference.digest() != Problem(name, alone(), rule).run(4).digest(), (name, rule)
+
+
+@laws
+def test_dry_splits_are_left_out_and_do_not_hang():
+    dry = {(s, 1) for s in range(5)} | {(s, 2) for s in range(SPLITS)} | {(11, 3)}  # step 2: everybody is dry
+    for name in STRATEGIES:
+        world = Problem(name, Comm(), dry=dry).run(5)
+        assert set(world.comm.gather(world.digest())) == {Problem(name, alone(), dry=dry).run(5).digest()}, name
+
+
+@laws
+def test_the_applied_update_is_the_mean_gradient_over_all_frames():
+    problem = Problem("allreduce", Comm(), "sgd")
+    before = problem.flat.weights.clone()
+    problem.run(1)
+    other = Problem("allreduce", alone(), "sgd")
+    counts = [other.learn(split, 0) for split in range(SPLITS)]  # autograd adds all splits up in .grad
+    for (name, new), old in zip(problem.model.named_parameters(), problem.flat.views(before), strict=True):
+        mean = dict(other.model.named_parameters())[name].grad / sum(counts)
+        torch.testing.assert_close(old - new, 0.1 * mean, rtol=1e-4, atol=1e-7)
+
+
+@laws
+def test_a_saved_state_goes_on_exactly_with_any_number_of_ranks(shared_folder):
+    comm = Comm()
+    for name in STRATEGIES:
+        whole = Problem(name, comm).run(6)
+        first = Problem(name, comm).run(3)
+        save(first, shared_folder / name)
+        assert first.run(3).digest() == whole.digest(), "taking a checkpoint changed what is learned"
+        for other in (comm, alone()):  # the same ranks; then every rank by itself, with all the splits
+            resumed = Problem(name, other)
+            resumed.strategy.restore(Checkpoint(shared_folder / name / step_name(3), resumed.flat))
+            resumed.at = 3
+            assert resumed.run(3).digest() == whole.digest(), (name, other.size)
+
+
+@laws
+def test_going_back_to_a_saved_state_takes_everything_back(shared_folder):
+    for name in STRATEGIES:
+        problem = Problem(name, Comm()).run(2)
+        save(problem, shared_folder / name)
+        then = problem.run(2).digest()
+        problem.strategy.restore(Checkpoint(shared_folder / name / step_name(2), problem.flat))
+        problem.at = 2
+        assert problem.run(2).digest() == then, name
+
+
+def save(problem, folder):
+    saver = Saver(folder, problem.comm, problem.flat, keep=5)
+    saver.save(problem.at, problem.strategy.state(), {}, best=False)
+    saver.close()
+    problem.comm.barrier()
+
+
+@laws
+def test_a_quadratic_is_brought_to_its_minimum():
+    torch.set_num_threads(1)
+    targets = torch.randn(SPLITS, 2000, generator=torch.Generator().manual_seed(5)) * 0.01
+    for name in STRATEGIES:
+        comm = Comm(SPLITS)
+        model = torch.nn.Linear(2000, 1, bias=False)
+        flat = Flat(model, partial(comm.zeros, device=CPU))
+        strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1))
+        strategy.begin()
+        for _ in range(400):
+            strategy.rate = Rate(0.2, 0)
+            for split in comm.splits:
+                strategy.enter(split)
+                (0.5 * (model.weight - targets[split]).square().sum()).backward()
+                strategy.step(split, 1)
+                strategy.leave(split)
+            strategy.advance(1)
+        strategy.end()
+        torch.testing.assert_close(model.weight[0], targets.mean(0), rtol=0, atol=1e-6)
+
+
+@laws
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter():
+    problem = Problem("allreduce", Comm())
+    problem.strategy.rate = Rate(0.1, 0)
+    for split in problem.comm.splits:
+        problem.strategy.enter(split)
+        if split == 5:
+            problem.model[2].weight.grad[3, 4] = float("nan")
+        problem.strategy.step(split, 1)
+    owner = next(
+        k for k in range(problem.comm.size)
+        if problem.flat.offsets[2] + 3 * 101 + 4 < problem.strategy.bounds[k + 1]
+    )
+    if problem.comm.rank == owner:
+        with pytest.raises(TrainingFailed, match=r"2\.weight"):
+            problem.strategy.advance(1)
+        problem.comm.share_slices_(problem.flat.weights, problem.strategy.bounds)  # the others wait for its slice
+    else:
+        problem.strategy.advance(1)
+
+
+@laws
+def test_clipping_scales_to_the_norm():
+    problem = Problem("allreduce, clipped", Comm(), "sgd")
+    before = problem.flat.weights.clone()
+    problem.run(1)
+    assert float((problem.flat.weights - before).norm()) == pytest.approx(0.1 * 0.05, rel=1e-4)
+
+
+def test_the_slices_cover_everything_once():
+    for ranks in range(1, 9):
+        bounds = Problem("allreduce", alone()).flat.bounds(ranks)
+        assert bounds[0] == 0 and sorted(bounds) == bounds and len(bounds) == ranks + 1
+        assert all(b % 1024 == 0 for b in bounds) and np.diff(bounds).sum() == bounds[-1]
