@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup
-	@$(BIN)/python -m jobs.demo
+	@$(BIN)/python -m jobs.demo $(VOICES)
 
 test: setup
 	@$(BIN)/python -m pytest tests

@@ -1,10 +1,10 @@
 """Synchronous data-parallel SGD: owner-sums reduce-scatter, update on the owner, all-gather of the weights.
 
 Every rank is the owner of one slice of the parameters. It receives that slice of its peers' partial gradient sums,
-adds them in the fixed tree over splits, divides by the frames of the whole batch, applies the update rule to its slice,
-and the new weights are gathered. Source: paper 002, equations (1) and (2) and section 3.1 (the O(1) aggregation, here
-without quantization). Departure: the gradient is the mean over the batch's frames, not their sum, so that the learning
-rate does not change with the batch size.
+adds them in the fixed tree over splits, divides by the batch size, applies the update rule to its slice, and the new
+weights are gathered. Source: paper 002, equations (1) and (2) and section 3.1 (the O(1) aggregation, here without
+quantization). Departure: the sum of equation (2) is divided by the recipe's batch size N, so that the learning rate
+(the paper's epsilon times N) does not change with it.
 
 Legend: P parameters (padded), S floats of this rank's slice, K ranks.
 """
@@ -31,8 +31,8 @@ class AllReduce(Strategy):
     clip_norm  the global gradient norm above which the gradient is scaled down to it; 0: never
     """
 
-    def __init__(self, comm: Comm, flat: Weights, rule: Rule, *, clip_norm: Annotated[float, Ge(0)] = 0.0):
-        super().__init__(comm, flat, rule)
+    def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: int, *, clip_norm: Annotated[float, Ge(0)] = 0.0):
+        super().__init__(comm, flat, rule, batch)
         self.clip_norm = clip_norm
         self.updates = 0
         self.bounds = flat.bounds(comm.size)
@@ -70,7 +70,7 @@ class AllReduce(Strategy):
             mine = slice(self.low, self.high)
             grad = self._reduce_scatter()
             self._check(grad, count)
-            grad.mul_(self._scale(grad, count))
+            grad.mul_(self._scale(grad))
             self.rule(self.flat.weights[mine], grad, self.slots, self.rate, self.updates)
             self.updates += 1
             self.comm.share_slices_(self.flat.weights, self.bounds)
@@ -93,18 +93,18 @@ class AllReduce(Strategy):
         comm.exchange(sends, receives)
         return combine(self.root, parts, torch.Tensor.add_)
 
-    def _scale(self, grad: torch.Tensor, count: int) -> float:
+    def _scale(self, grad: torch.Tensor) -> float:
         """What turns the sum into the clipped mean; the norm is summed in fixed groups (collective)."""
         if not self.clip_norm:
-            return 1.0 / count
+            return 1.0 / self.batch
         groups = np.zeros(self.flat.size // NORM_GROUP)
         edges = [b // NORM_GROUP for b in self.bounds]
         squares = grad.view(-1, NORM_GROUP).double().square_().sum(1)
         groups[edges[self.comm.rank] : edges[self.comm.rank + 1]] = squares.cpu().numpy()
         whole = torch.from_numpy(groups)
         self.comm.share_slices_(whole, edges)
-        norm = math.sqrt(math.fsum(whole.tolist())) / count  # fsum is exact: no order to agree on
-        return min(1.0, self.clip_norm / norm if norm else 1.0) / count
+        norm = math.sqrt(math.fsum(whole.tolist())) / self.batch  # fsum is exact: no order to agree on
+        return min(1.0, self.clip_norm / norm if norm else 1.0) / self.batch
 
     def _check(self, grad: torch.Tensor, count: int) -> None:
         """Raise TrainingFailed if the summed gradient is not finite, naming the parameter."""

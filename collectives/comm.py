@@ -91,10 +91,11 @@ class Comm:
         self.n_splits = self.size if n_splits is None else n_splits
         if self.n_splits % self.size:
             fitting = [k for k in range(1, self.n_splits + 1) if self.n_splits % k == 0]
-            raise ValueError(
+            error = ValueError(
                 f"splits = {self.n_splits} cannot be dealt evenly to {self.size} ranks; "
                 f"start one of {fitting} ranks, or set 'splits' to a multiple of {self.size}"
             )
+            raise everywhere(error)
 
     @classmethod
     def start(cls) -> Comm:

@@ -81,12 +81,14 @@ class Strategy:
     comm    the ranks and the splits they hold
     flat    the model's flat weights and gradients
     rule    the update rule, called on slices
+    batch   frames of a full step over all splits: what gradient sums are divided by, so that every frame weighs the
+            same, those of an epoch's last and smaller step too
     """
 
     rate: Rate
 
-    def __init__(self, comm: Comm, flat: Weights, rule: Rule):
-        self.comm, self.flat, self.rule = comm, flat, rule
+    def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: int):
+        self.comm, self.flat, self.rule, self.batch = comm, flat, rule, batch
         self.evaluate: Callable[[], dict[str, float]] | None = None  # for strategies that judge models; set by build.py
 
     def begin(self) -> None:

@@ -40,37 +40,36 @@ def read_piece(dataset: Dataset, runs: Iterable[tuple[int, int]], margin: int) -
     Items are the ranges' rows, in order. Raises DataError, naming the file, if anything cannot be read.
     """
     starts = dataset.starts
-    wide = []
+    wide = []  # of every run: its items' rows, the rows to read, the edges of the utterances they lie in
     for low, high in runs:
-        first = max(low - margin, int(starts[dataset.utterance_at(low)]))
-        last = min(high + margin, int(starts[dataset.utterance_at(high - 1) + 1]))
-        wide.append((low, high, first, last))
-    rows = sum(last - first for _, _, first, last in wide)
+        edges = starts[dataset.utterance_at(low) : dataset.utterance_at(high - 1) + 2]
+        wide.append((low, high, max(low - margin, int(edges[0])), min(high + margin, int(edges[-1])), edges))
+    rows = sum(last - first for _, _, first, last, _ in wide)
+    heads = np.cumsum([0] + [high - low for low, high, *_ in wide])  # where every run's items begin
     fields = {}
     for name in dataset.frame_fields:
         about = dataset.field(name)
         shape = (rows, about["width"]) if "width" in about else (rows,)
         fields[name] = np.empty(shape, about["dtype"])
-    items, firsts, lasts, names = [], [], [], []
+    items, firsts, lasts = (np.empty(heads[-1], np.int64) for _ in range(3))
     at = 0
-    for low, high, first, last in wide:
+    for (low, high, first, last, edges), head in zip(wide, heads[:-1], strict=True):
         for name, values in fields.items():
             dataset.read(name, first, last, values[at : at + last - first])
-        global_rows = np.arange(low, high)
-        utterance = np.searchsorted(starts, global_rows, side="right") - 1
-        shift = at - first
-        items.append(global_rows + shift)
-        firsts.append(np.maximum(starts[utterance], first) + shift)
-        lasts.append(np.minimum(starts[utterance + 1], last) - 1 + shift)
-        names.append(utterance)
+        here, shift = slice(head, head + high - low), at - first
+        lengths = np.diff(np.clip(edges, low, high))  # items of every utterance
+        items[here] = np.arange(low + shift, high + shift)
+        firsts[here] = np.repeat(np.maximum(edges[:-1], first) + shift, lengths)
+        lasts[here] = np.repeat(np.minimum(edges[1:], last) - 1 + shift, lengths)
         at += last - first
-    utterances = np.concatenate(names)
+
+    def key_of(position: int) -> str:
+        run = int(np.searchsorted(heads, position, side="right")) - 1
+        return dataset.key(dataset.utterance_at(wide[run][0] + position - int(heads[run])))
+
     return Piece(
         {name: torch.from_numpy(values) for name, values in fields.items()},
-        torch.from_numpy(np.concatenate(items)),
-        torch.from_numpy(np.concatenate(firsts)),
-        torch.from_numpy(np.concatenate(lasts)),
-        lambda position: dataset.key(int(utterances[position])),
+        torch.from_numpy(items), torch.from_numpy(firsts), torch.from_numpy(lasts), key_of,
     )
 
 

@@ -117,8 +117,8 @@ def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdo
     model = make_model(recipe, task, device)
     flat = Flat(model, lambda count: comm.zeros(count, device.torch))
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
-    strategy = registry()["strategy"][recipe.strategy.name](comm, flat, rule, **options(recipe.strategy))
     data = recipe.data
+    strategy = registry()["strategy"][recipe.strategy.name](comm, flat, rule, data.batch, **options(recipe.strategy))
     batches = Batches(
         train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed, place=device.place,

@@ -151,7 +151,7 @@ class Frames:
         loss = functional.cross_entropy(logits_BC, batch.labels, reduction="none").double().sum()
         errors = (logits_BC.argmax(1) != batch.labels).sum()
         count = float(len(batch.labels))
-        return {"loss": (float(loss), count), "frame_error": (float(errors), count)}
+        return {"loss": (float(loss.detach()), count), "frame_error": (float(errors), count)}
 
     def predict(self, model: torch.nn.Module, batch: FrameBatch) -> torch.Tensor:
         """Log posteriors [B, C], nats."""

@@ -93,12 +93,11 @@ tensorboard = false
 """
 
 
-def write_recipe(folder: Path, *, splits: int = 4, batch: int = 48, text: str = RECIPE, data: Path | None = None) -> Path:
+def write_recipe(folder: Path, *, splits: int = 4, batch: int = 48, text: str = RECIPE) -> Path:
     """A recipe over the data below `folder` (train and validation are made if they are not there)."""
-    data = data or folder
     for name, seed, count in (("train", 1, 60), ("validation", 2, 20)):
-        if not (data / name).exists():
-            write_frames(data / name, seed=seed, utterances=count)
+        if not (folder / name).exists():
+            write_frames(folder / name, seed=seed, utterances=count)
     path = folder / "recipe.toml"
-    path.write_text(text.format(run=folder / "run", splits=splits, batch=batch, data=data))
+    path.write_text(text.format(run=folder / "run", splits=splits, batch=batch, data=folder))
     return path

@@ -1,4 +1,4 @@
-"""Who reads what when: every frame once an epoch, the same for every number of ranks, in windows of its own utterance."""
+"""Who reads what when: every frame once an epoch, the same for any number of ranks, in its own utterance's window."""
 
 import numpy as np
 import pytest

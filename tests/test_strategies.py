@@ -26,6 +26,7 @@ RULES = {
     "adam": lambda: optim.Adam(learning_rate=0.01, weight_decay=0.01),
 }
 SPLITS = 12
+BATCH = 96
 CPU = torch.device("cpu")
 
 laws = pytest.mark.mpi(ranks=[1, 2, 3, 4], timeout=120)
@@ -40,7 +41,7 @@ class Problem:
         torch.manual_seed(1)
         self.model = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Sigmoid(), torch.nn.Linear(101, 13))
         self.flat = Flat(self.model, lambda count: self.comm.zeros(count, CPU))
-        self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule]())
+        self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule](), BATCH)
         self.dry = dry
         self.at = 0
 
@@ -92,14 +93,14 @@ def test_dry_splits_are_left_out_and_do_not_hang():
 
 
 @laws
-def test_the_applied_update_is_the_mean_gradient_over_all_frames():
+def test_the_applied_update_is_the_gradient_sum_of_all_frames_over_the_batch_size():
     problem = Problem("allreduce", Comm(), "sgd")
     before = problem.flat.weights.clone()
     problem.run(1)
     other = Problem("allreduce", alone(), "sgd")
-    counts = [other.learn(split, 0) for split in range(SPLITS)]  # autograd adds all splits up in .grad
+    assert sum(other.learn(split, 0) for split in range(SPLITS)) == BATCH  # autograd adds all splits up in .grad
     for (name, new), old in zip(problem.model.named_parameters(), problem.flat.views(before), strict=True):
-        mean = dict(other.model.named_parameters())[name].grad / sum(counts)
+        mean = dict(other.model.named_parameters())[name].grad / BATCH
         torch.testing.assert_close(old - new, 0.1 * mean, rtol=1e-4, atol=1e-7)
 
 
@@ -144,7 +145,7 @@ def test_a_quadratic_is_brought_to_its_minimum():
         comm = Comm(SPLITS)
         model = torch.nn.Linear(2000, 1, bias=False)
         flat = Flat(model, partial(comm.zeros, device=CPU))
-        strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1))
+        strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1), SPLITS)
         strategy.begin()
         for _ in range(400):
             strategy.rate = Rate(0.2, 0)

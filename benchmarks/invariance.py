@@ -1,0 +1,102 @@
+"""The law, shown: one recipe run with several numbers of ranks, and once killed and resumed, gives the same bytes.
+
+    python benchmarks/invariance.py                     a small recipe on data made here
+    python benchmarks/invariance.py --recipe jobs/recipes/an4_frames.toml --ranks 1,2,4 schedule.epochs=2
+
+Prints one JSON line a strategy: {"strategy", "splits", "hashes": {"1": ..., "2": ..., "resumed": ...}, "equal": true};
+exits with 1 if any differ. "resumed": started with the most ranks, all of them killed with SIGKILL at a random step, and
+finished with the fewest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from material import RECIPE, write_recipe  # noqa: E402
+
+from hpc.shards import sha256_of  # noqa: E402
+from jobs.demo import ranks_command  # noqa: E402
+
+STRATEGIES = {
+    "allreduce": 'strategy={name="allreduce"}',
+    "allreduce, clipped": 'strategy={name="allreduce", clip_norm=0.5}',
+}
+
+
+def command(recipe: Path, run: Path, ranks: int, overrides: list[str]) -> list[str]:
+    return [*ranks_command(ranks), "train", str(recipe), f"run={run}", *overrides]
+
+
+def finish(words: list[str], run: Path) -> str:
+    """Run a training to its end; the SHA-256 of its model."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed:\n{done.stderr}")
+    return sha256_of(run / "model.safetensors")
+
+
+def kill_midway(words: list[str], run: Path, seconds: float) -> bool:
+    """Start a training, SIGKILL all its processes some time after its first checkpoint; whether it was running."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(run.glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, seconds))
+    running = process.poll() is None
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    for line in listing.splitlines():
+        pid, _, arguments = line.strip().partition(" ")
+        if f"run={run}" in arguments and int(pid) != os.getpid():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    process.wait()
+    return running
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, e.g. 1,2,4")
+    parser.add_argument("--splits", type=int, default=4, help="of the small recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    ranks = [int(k) for k in arguments.ranks.split(",")]
+    failed = False
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe, splits = arguments.recipe, ["checkpoint.every=500"]
+        if recipe is None:
+            recipe, splits = write_recipe(folder, splits=arguments.splits, text=RECIPE), ["schedule.epochs=30"]
+        for strategy, chosen in STRATEGIES.items():
+            overrides = [*splits, chosen, *arguments.overrides]
+            hashes, seconds = {}, 1.0
+            for k in ranks:
+                run = folder / f"{strategy}-{k}"
+                began = time.monotonic()
+                hashes[str(k)] = finish(command(recipe, run, k, overrides), run)
+                seconds = time.monotonic() - began
+            run = folder / f"{strategy}-resumed"
+            killed = kill_midway(command(recipe, run, max(ranks), overrides), run, seconds / 4)
+            hashes["resumed"] = finish(command(recipe, run, min(ranks), overrides), run)
+            equal = len(set(hashes.values())) == 1
+            failed |= not equal
+            short = {k: digest[:16] for k, digest in hashes.items()}
+            print(json.dumps({"strategy": strategy, "hashes": short, "killed": killed, "equal": equal}), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

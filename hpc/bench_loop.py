@@ -1,0 +1,69 @@
+"""The peer of the training benchmark: a plain torch training loop of the same model, as one would write it by hand.
+
+Started as `python -m mpi4py -m hpc.bench_loop SPEC`, once or several times side by side. It knows nothing of Trireme
+but the gate it waits at: torch modules, `torch.optim.SGD` with momentum, batches stacked in memory beforehand.
+
+Legend: N batches in memory, B frames of a batch, I values of a stacked window.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import count, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc.bench_crew import Gate
+
+BATCHES = 8  # stacked in memory, taken in turn
+
+
+def plain_model(inputs: int, layers: int, width: int, classes: int, activation: str) -> nn.Sequential:
+    """Fully connected layers of one width, then logits."""
+    kinds = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
+    stack: list[nn.Module] = []
+    for before, after in pairwise([inputs] + [width] * layers):
+        stack += [nn.Linear(before, after), kinds[activation]()]
+    return nn.Sequential(*stack, nn.Linear(width if layers else inputs, classes))
+
+
+def work(spec: dict[str, Any]) -> None:
+    """Train until dismissed."""
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(1)
+    wanted = spec["device"]
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    model = plain_model(spec["inputs"], spec["layers"], spec["width"], spec["classes"], spec["activation"]).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=spec["learning_rate"], momentum=spec["momentum"])
+    inputs_NBI = torch.randn(BATCHES, spec["batch"], spec["inputs"]).to(device)
+    labels_NB = torch.randint(spec["classes"], (BATCHES, spec["batch"])).to(device)
+    mixed = spec["precision"] == "bfloat16"
+    parameters = sum(p.numel() for p in model.parameters())
+    gate = Gate(spec["address"], {"rank": 0, "parameters": parameters, "device": str(device)})
+    total = 0.0
+    for turn in count():
+        steps = gate.wait()
+        if not steps:
+            return
+        taken = []
+        for t in range(turn * steps, turn * steps + steps):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                logits_BC = model(inputs_NBI[t % BATCHES])
+                loss = functional.cross_entropy(logits_BC, labels_NB[t % BATCHES])
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            cpu = time.process_time() - cpu_began
+            taken.append({"seconds": time.perf_counter() - began, "cpu": cpu})
+        gate.report(taken)
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

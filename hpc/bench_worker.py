@@ -1,0 +1,87 @@
+"""A rank of a benchmark: Trireme's own training loop on a real recipe, stepped from outside.
+
+Started as `python -m mpi4py -m hpc.bench_worker SPEC`; SPEC is JSON: the driver's `address`, `recipe` as nested tables.
+Nothing of the loop is copied: the job is built by `hpc.build` and run by `hpc.train`; only its Meter is exchanged for
+one that notes what every step cost and waits for the driver between turns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from collectives.comm import Comm
+from hpc.bench_crew import Gate
+from hpc.build import make_job, registry
+from hpc.config import resolve
+from hpc.meter import PHASES, Meter
+from hpc.run import RunFolder
+from hpc.runtime import Device, Watchdog
+from hpc.train import train
+
+
+class Dismissed(Exception):
+    """The driver has seen enough."""
+
+
+class PacedMeter(Meter):
+    """A Meter that keeps the seconds of every step and its phases, and waits at a gate when its steps are used up."""
+
+    def __init__(self, meter: Meter, gate: Gate):
+        super().__init__(meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress)
+        self.gate = gate
+        self.steps: list[dict[str, float]] = []
+        self.left = gate.wait()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._before = dict(self.totals)
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+    def turn(self, at: int, learning_rate: float) -> None:
+        super().turn(at, learning_rate)
+        phases = {phase: self.totals[phase] - self._before[phase] for phase in PHASES}
+        cpu = time.process_time() - self._cpu_began
+        self.steps.append({"seconds": time.perf_counter() - self._began, "cpu": cpu, **phases})
+        self.left -= 1
+        if not self.left:
+            self.gate.report(self.steps)
+            self.steps = []
+            self.left = self.gate.wait()
+            if not self.left:
+                raise Dismissed
+        self._mark()
+
+
+def work(spec: dict[str, Any]) -> None:
+    """Build the job, introduce this rank, and train until dismissed."""
+    logging.getLogger("trireme").setLevel(logging.WARNING)
+    comm = Comm.start()
+    recipe = resolve(spec["recipe"], registry())
+    device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
+    watchdog = Watchdog(0, f"rank {comm.rank}", comm.abort)
+    made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog)
+    assert made is not None, "a benchmark's run folder is new"
+    job, at = made
+    hello = {
+        "rank": comm.rank, "parameters": job.saver.flat.count, "device": str(device.torch),
+        "bytes_exchanged": job.saver.flat.size * 4,
+    }
+    job.meter = PacedMeter(job.meter, Gate(spec["address"], hello))
+    try:
+        if train(job, at):
+            raise ValueError(f"the data set is used up after {job.schedule.steps} steps; give the benchmark more data")
+    except Dismissed:
+        pass
+    comm.settle()
+    job.batches.close()
+    job.saver.close()
+    job.meter.journal.close()
+    comm.finish()
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))
