@@ -1,11 +1,12 @@
 """The law, shown: one recipe run with several numbers of ranks, and once killed and resumed, gives the same bytes.
 
-    python benchmarks/invariance.py                     a small recipe on data made here
-    python benchmarks/invariance.py --recipe jobs/recipes/an4_frames.toml --ranks 1,2,4 schedule.epochs=2
+    python benchmarks/invariance.py                         a small recipe on data made here
+    python benchmarks/invariance.py --splits 12 --ranks 1,2,3,4,6
+    python benchmarks/invariance.py --recipe jobs/recipes/an4_frames.toml schedule.epochs=2
 
-Prints one JSON line a strategy: {"strategy", "splits", "hashes": {"1": ..., "2": ..., "resumed": ...}, "equal": true};
-exits with 1 if any differ. "resumed": started with the most ranks, all of them killed with SIGKILL at a random step, and
-finished with the fewest.
+Prints one JSON line a strategy: {"strategy", "hashes": {"1": ..., "2": ..., "resumed": ...}, "killed", "equal": true};
+exits with 1 if any differ. "resumed": started with the most ranks, all of them killed with SIGKILL at a random moment,
+and finished with the fewest ("killed": false would say that it was too quick to be killed).
 """
 
 from __future__ import annotations

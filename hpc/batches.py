@@ -57,7 +57,7 @@ def read_piece(dataset: Dataset, runs: Iterable[tuple[int, int]], margin: int) -
         for name, values in fields.items():
             dataset.read(name, first, last, values[at : at + last - first])
         here, shift = slice(head, head + high - low), at - first
-        lengths = np.diff(np.clip(edges, low, high))  # items of every utterance
+        lengths: Any = np.diff(np.clip(edges, low, high))  # items of every utterance
         items[here] = np.arange(low + shift, high + shift)
         firsts[here] = np.repeat(np.maximum(edges[:-1], first) + shift, lengths)
         lasts[here] = np.repeat(np.minimum(edges[1:], last) - 1 + shift, lengths)

@@ -44,11 +44,12 @@ def test_predict_writes_scaled_log_likelihoods_for_kaldi(trireme, finished, tmp_
     trireme(*common, "--to", "ark", "--out", tmp_path / "plain", ranks=ranks)
     trireme(*common, "--to", "h5", "--out", tmp_path / "h5", ranks=ranks)
     data = Dataset(finished / "validation")
+    keys = data.keys()
     scaled = kaldiio.load_scp(str(tmp_path / "scaled/predictions.scp"))
     plain = kaldiio.load_scp(str(tmp_path / "plain/predictions.scp"))
-    assert set(scaled) == set(plain) == set(data.keys())
+    assert set(scaled) == set(plain) == set(keys)
     counts = np.array(json.loads((finished / "run/data.json").read_text())["fields"]["labels"]["counts"])
-    for i, key in enumerate(data.keys()):
+    for i, key in enumerate(keys):
         assert plain[key].shape == (data.starts[i + 1] - data.starts[i], CLASSES)
         np.testing.assert_allclose(np.exp(plain[key]).sum(1), 1, rtol=1e-4)
         np.testing.assert_allclose(scaled[key], plain[key] - np.log(counts / counts.sum()), rtol=1e-4, atol=1e-5)
@@ -61,7 +62,7 @@ def test_predict_writes_scaled_log_likelihoods_for_kaldi(trireme, finished, tmp_
     assert set(found) == set(plain) and all(np.array_equal(found[k], plain[k]) for k in found)
     labels = np.empty(data.rows, np.int32)
     data.read("labels", 0, data.rows, labels)
-    joined = torch.from_numpy(np.concatenate([plain[k] for k in data.keys()]  # noqa: SIM118))
+    joined = torch.from_numpy(np.concatenate([plain[key] for key in keys]))
     loss = functional.nll_loss(joined, torch.from_numpy(labels).long())
     assert float(loss) == pytest.approx(metrics(trireme, finished, 1)["loss"], rel=1e-5)
 
