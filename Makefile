@@ -5,16 +5,18 @@
 #   make setup MPI=site      neither wheel: your site's own MPI, found through MPI4PY_LIBMPI
 #   make setup EXTRAS=cuda13 adds CuPy for CUDA 13 (or cuda12)
 
-MPI ?= mpich
+VENV ?= .venv
+# What was chosen at the first set-up stays chosen.
+CHOSEN := $(firstword $(subst -, ,$(patsubst $(VENV)/.setup-%,%,$(wildcard $(VENV)/.setup-*))))
+MPI ?= $(or $(CHOSEN),mpich)
 EXTRAS ?=
 PYTHON ?= python3
-VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
 MPI_EXTRA := $(if $(filter site,$(MPI)),,$(comma)$(MPI))
 STAMP := $(VENV)/.setup-$(MPI)$(if $(EXTRAS),-$(EXTRAS))
 
-.PHONY: setup demo test check clean
+.PHONY: help setup demo test lint check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,8 +26,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Trireme needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	@if [ -x $(BIN)/python ] && [ "$(MPI)" != mpich ] && $(BIN)/python -c 'import importlib.metadata as m; m.version("mpich")' 2>/dev/null; then \
-	  echo "This .venv holds the mpich wheel; two MPI libraries do not go together. Run: rm -rf $(VENV); make setup MPI=$(MPI)"; exit 1; fi
+	@if [ -n "$(CHOSEN)" ] && [ "$(CHOSEN)" != "$(MPI)" ]; then \
+	  echo "$(VENV) was set up with MPI=$(CHOSEN); two MPI libraries do not go together. Run: rm -rf $(VENV); make setup MPI=$(MPI)"; exit 1; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes a minute or two)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev$(MPI_EXTRA)$(if $(EXTRAS),$(comma)$(EXTRAS))]"
@@ -37,10 +39,11 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest tests
 
-check: setup
+lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest tests
+
+check: lint test
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,7 +57,6 @@ def main() -> int:
             folder / "data", folder / "run", splits=arguments.splits, data={"batch": 8192, "verify": True},
             task={"context": 5, "layers": 1, "width": 64},
         )
-        tables["data"]["verify"] = True
         (folder / "recipe.toml").write_text(tomli_w.dumps(tables))
         run = folder / "run"
         words = [*ranks_command(arguments.ranks), "train", str(folder / "recipe.toml"), f"run={run}"]

@@ -80,6 +80,7 @@ class Comm:
     def __init__(self, n_splits: int | None = None, world: Any = None):
         self._world = MPI.COMM_WORLD.Dup() if world is None else world
         self._agreeing = self._world.Dup()
+        self._stages: dict[Any, torch.Tensor] = {}
         self._pending: tuple[Any, np.ndarray] | None = None
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
@@ -121,6 +122,11 @@ class Comm:
     def mine(self, count: int) -> range:
         """This rank's share of `count` pieces of work, dealt round robin."""
         return range(self.rank, count, self.size)
+
+    @property
+    def label(self) -> str:
+        """Who speaks, in front of a message: "[rank 3 on node7] ", or nothing where there is one rank."""
+        return f"[rank {self.rank} on {self.host}] " if self.size > 1 else ""
 
     def is_root(self) -> bool:
         """Whether this rank is rank 0: for whoever owns the display and the files of a run."""
@@ -238,12 +244,22 @@ class Comm:
 
     def share_slices_(self, flat: torch.Tensor, bounds: Sequence[int]) -> None:
         """All-gather in place: rank k's slice `flat[bounds[k]:bounds[k + 1]]` goes to every rank (collective)."""
-        host = flat.cpu()
+        host = flat if flat.device.type == "cpu" else self._pinned(flat)
+        if host is not flat:
+            mine = slice(bounds[self.rank], bounds[self.rank + 1])
+            host[mine].copy_(flat[mine])
         counts = np.diff(np.asarray(bounds)) * host.element_size()
         starts = np.asarray(bounds[:-1]) * host.element_size()
         self._world.Allgatherv(MPI.IN_PLACE, [host.view(torch.uint8).numpy(), (counts, starts), MPI.BYTE])
         if host is not flat:
             flat.copy_(host)
+
+    def _pinned(self, like: torch.Tensor) -> torch.Tensor:
+        """A pinned host buffer of a device tensor's size, kept for the next time."""
+        key = (like.numel(), like.dtype)
+        if key not in self._stages:
+            self._stages[key] = torch.empty_like(like, device="cpu", pin_memory=True)
+        return self._stages[key]
 
     def from_root_(self, flat: torch.Tensor) -> None:
         """Overwrite `flat` with rank 0's on every rank, in place (collective)."""
@@ -259,7 +275,9 @@ class Comm:
         MPI.Finalize()
 
     def abort(self, code: int) -> None:
-        """End every rank of the job now, with this exit code."""
+        """End every rank of the job now, with this exit code; a rank alone has nobody to end."""
+        if self.size == 1:
+            return self.finish()
         sys.stdout.flush()
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)

@@ -98,14 +98,14 @@ def _with_ranks(act: Any, arguments: argparse.Namespace) -> int:
     except Exception as error:
         code = 1
         expected = isinstance(error, ValueError | OSError | LaunchError | TrainingFailed)
-        who = f"[rank {comm.rank} on {comm.host}] " if comm is not None and comm.size > 1 else ""
+        who = comm.label if comm is not None else ""
         where = f"{error.__notes__[0]}: " if getattr(error, "__notes__", None) else ""
         text = str(error) if expected else "".join(traceback.format_exception(error))
         print(f"{who}trireme {arguments.command}: {where}{text}", file=sys.stderr, flush=True)
         if comm is not None and getattr(error, "raised_everywhere", False):
             comm.finish()
             return code
-    if comm is not None and comm.size > 1:
+    if comm is not None:
         comm.abort(code)
     return code
 

@@ -22,8 +22,8 @@ import numpy as np
 from hpc.batches import SHUFFLE, Batches, generator, read_piece, shuffle_
 from hpc.bench import in_turns, make_data, quotient, recipe_for, say, scratch, spread
 from hpc.bench_crew import Crew
+from hpc.build import registry
 from hpc.shards import Dataset, plain_reader
-from models.frames import Frames
 from models.task import Piece
 
 PIECE_STEPS = 16  # batches of a piece while waiting is measured: a new piece every few steps
@@ -41,7 +41,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             say(f"writing {arguments.gb:g} GB of random frames")
             make_data(data, int(arguments.gb * GIGA / (40 * 4 + 4)))
         dataset = Dataset(data)
-        task = Frames({name: dataset.field(name) for name in dataset.frame_fields})
+        task = registry()["task"]["frames"]({name: dataset.field(name) for name in dataset.frame_fields})
         batches = Batches(
             dataset, task, range(1), 1, batch=arguments.batch, split_frames=arguments.split_frames, runs=8, seed=1,
             place=lambda tensor: tensor,

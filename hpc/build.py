@@ -9,7 +9,7 @@ import json
 import logging
 import tomllib
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from hpc import optim
 from hpc.batches import Batches
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
 from hpc.config import Recipe, RecipeError, options, resolve
-from hpc.evaluate import evaluate
+from hpc.evaluate import batches_of, evaluate
 from hpc.flat import Flat
 from hpc.meter import Journal, Meter, RunJournal, Silence
-from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, read_data
+from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
 from hpc.runtime import Device, StopFlag, Watchdog
 from hpc.schedule import POLICIES, Replay, Schedule
-from hpc.shards import Dataset, read_manifest
+from hpc.shards import REMEDY, Dataset, read_manifest, sha256_of
 from hpc.staging import stage
 from hpc.train import Job
 from models.frames import Frames
@@ -43,15 +43,21 @@ RULES: dict[str, type] = {
 
 def registry() -> dict[str, dict[str, type]]:
     """Every name that a recipe may use, table by table, those of installed packages included."""
-    outside = {
-        group: {e.name: e.load() for e in entry_points(group=f"trireme.{group}")} for group in ("tasks", "strategies")
-    }
+    outside = {group: {e.name: e for e in entry_points(group=f"trireme.{group}")} for group in ("tasks", "strategies")}
     return {
-        "task": TASKS | outside["tasks"],
-        "strategy": STRATEGIES | outside["strategies"],
+        "task": Registered(outside["tasks"] | TASKS),
+        "strategy": Registered(outside["strategies"] | STRATEGIES),
         "optim": RULES,
         "schedule": POLICIES,
     }
+
+
+class Registered(dict[str, Any]):
+    """Names to classes; those of other packages are imported when they are asked for, so a broken one harms no one."""
+
+    def __getitem__(self, name: str) -> type:
+        value = super().__getitem__(name)
+        return value.load() if isinstance(value, EntryPoint) else value
 
 
 def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
@@ -78,6 +84,8 @@ def make_policy(recipe: Recipe) -> Any:
         from hpc.records import read_records
 
         rates = [r["learning_rate"] for r in read_records(Path(recipe.schedule.of)) if r["event"] == "validate"]
+        if not rates:
+            raise RecipeError(f"schedule.of = '{recipe.schedule.of}' has no validations, so no rates to replay")
         return Replay(recipe.optim.learning_rate, rates, **options(recipe.schedule))
     return chosen(recipe.optim.learning_rate, **options(recipe.schedule))
 
@@ -87,15 +95,16 @@ def open_data(recipe: Recipe, comm: Comm, fields: tuple[str, ...]) -> list[Datas
     opened: list[Dataset] = []
     for folder in map(Path, filter(None, (recipe.data.train, recipe.data.validation))):
         place = stage(folder, recipe.data.stage, comm) if recipe.data.stage else folder
-        comm.each(partial(_open, opened, place, fields))
+        remedy = f"it is a staged copy: remove the folder '{place}' and start again" if recipe.data.stage else REMEDY
+        comm.each(partial(_open, opened, place, fields, remedy))
     if recipe.data.verify:
         for dataset in opened:
             comm.each(partial(_verify, dataset, comm))
     return opened
 
 
-def _open(opened: list[Dataset], place: Path, fields: tuple[str, ...]) -> None:
-    opened.append(Dataset(place, fields))
+def _open(opened: list[Dataset], place: Path, fields: tuple[str, ...], remedy: str) -> None:
+    opened.append(Dataset(place, fields, remedy))
 
 
 def _verify(dataset: Dataset, comm: Comm) -> None:
@@ -113,7 +122,9 @@ def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdo
     task = make_task(recipe, fields)
     if comm.on_root(lambda: run.open(recipe, fields)):
         return None
-    train_set, *rest = open_data(recipe, comm, task.fields)
+    run.opened = True
+    with watchdog.resting():  # copying and hashing a large data set shows no progress
+        train_set, *rest = open_data(recipe, comm, task.fields)
     model = make_model(recipe, task, device)
     flat = Flat(model, lambda count: comm.zeros(count, device.torch))
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
@@ -143,22 +154,25 @@ def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdo
         validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, data.batch),
         rest[0].rows if rest else 0,
     )
-    at = _resume(job, recipe, run, flat)
-    return job, at
+    if rest:
+        comm.on_root(lambda: _check_metric(job, rest[0]))
+    return job, _resume(job, recipe, run, flat)
+
+
+def _check_metric(job: Job, dataset: Dataset) -> None:
+    """Raise RecipeError now, not after an epoch, if the task has no metric of the name that is to be judged."""
+    batch = next(batches_of(job.task, dataset, (0, 1), job.device.place))
+    with torch.no_grad(), job.device.autocast():
+        known = job.task.metrics(job.model, batch)
+    if job.metric not in known:
+        raise RecipeError(f"recipe key 'validate.metric' = '{job.metric}': the task has {', '.join(sorted(known))}")
 
 
 def _checked_fields(recipe: Recipe) -> dict[str, Any]:
     """The training set's field descriptions, after comparing the validation set's with them (rank 0)."""
     fields = read_manifest(Path(recipe.data.train))["fields"]
     if recipe.data.validation:
-        other = read_manifest(Path(recipe.data.validation))["fields"]
-        for name, about in fields.items():
-            for key in ("width", "classes", "names", "dtype"):
-                if about.get(key) != other.get(name, {}).get(key):
-                    raise ValueError(
-                        f"data.validation = '{recipe.data.validation}': field '{name}' has other {key} than the "
-                        "training set's; prepare both in one run of 'trireme prepare'"
-                    )
+        compare_fields(fields, read_manifest(Path(recipe.data.validation))["fields"], recipe.data.validation)
     elif recipe.schedule.name in ("halving", "newbob") or recipe.schedule.patience:
         raise RecipeError(
             f"schedule '{recipe.schedule.name}' judges validation results, and data.validation is empty; "
@@ -186,7 +200,7 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> int:
         job.meter.at = checkpoint.state["at"]
         return checkpoint.state["at"]
     if recipe.init_from:
-        load_model(finished_model(Path(recipe.init_from)), flat, flat.weights)
+        load_model(Path(recipe.init_from, MODEL), flat, flat.weights)
         log.info("starting from the model of %s", recipe.init_from)
     job.strategy.begin()
     return 0
@@ -202,16 +216,18 @@ def _newest(run: RunFolder) -> tuple[str, list[str]]:
 
 
 def finished_model(run: Path) -> Path:
-    """The model file of a finished run. Raises RunError if the run did not finish."""
+    """The model file of a finished run. Raises RunError if the run did not finish, or the model was altered since."""
     if not (run / SUCCESS).exists():
         state = "did not finish" if (run / RECIPE).exists() else "is not a run folder"
         raise RunError(f"'{run}' {state} (no '{SUCCESS}' in it); finish it by starting its training command again")
+    if sha256_of(run / MODEL) != json.loads((run / SUCCESS).read_text())["sha256"]:
+        raise RunError(f"'{run / MODEL}' was altered since the run ended (SHA-256 differs); copy it from a checkpoint")
     return run / MODEL
 
 
 def load_run(path: Path, device_name: str, comm: Comm) -> tuple[Recipe, Task, torch.nn.Module, Device]:
-    """A finished run's recipe, task and trained model, for evaluation and prediction."""
-    model_file = finished_model(path)
+    """A finished run's recipe, task and trained model, for evaluation and prediction (collective)."""
+    model_file = Path(comm.on_root(lambda: str(finished_model(path))))
     recipe = resolve(tomllib.loads((path / RECIPE).read_text(encoding="utf-8")), registry())
     device = Device(device_name, recipe.precision, comm.local_rank, recipe.threads)
     task = make_task(recipe, read_data(path)["fields"])
@@ -219,9 +235,3 @@ def load_run(path: Path, device_name: str, comm: Comm) -> tuple[Recipe, Task, to
     flat = Flat(model, lambda count: torch.zeros(count, device=device.torch))
     load_model(model_file, flat, flat.weights)
     return recipe, task, model.eval(), device
-
-
-def success_of(path: Path) -> dict[str, Any]:
-    """What a finished run kept of its end."""
-    finished_model(path)
-    return json.loads((path / SUCCESS).read_text())

@@ -45,17 +45,17 @@ def step_name(at: int) -> str:
 
 
 class Checkpoint:
-    """A saved state opened for reading; serves as the strategy's `Joined`.
+    """A saved state opened for reading; serves as the strategy's `Joined`. Let one rank `check` it first.
 
     folder  the checkpoint's folder
     flat    where the parameters lie
 
-    Raises CheckpointError if a file is missing, altered or cut short.
+    Raises CheckpointError if it has no manifest.
     """
 
     def __init__(self, folder: Path, flat: Flat):
         self.folder, self.flat = folder, flat
-        self.manifest = check(folder)
+        self.manifest = read_manifest(folder)
         self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         self.common: dict[str, Any] = self.state["common"]
 
@@ -86,20 +86,23 @@ class Checkpoint:
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, after comparing every file with it. Raises CheckpointError."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises CheckpointError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
+        return manifest | {"files": manifest["files"], "parts": manifest["parts"]}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint '{folder}' has no readable {MANIFEST} ({error})") from error
-    for name, expected in files.items():
+
+
+def check(folder: Path) -> None:
+    """Compare every file of a checkpoint with its manifest. Raises CheckpointError if one is missing or altered."""
+    for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint '{folder}' lacks {name}")
         if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"checkpoint '{folder}': {name} was altered or cut short (SHA-256 differs)")
-    return manifest
 
 
 def load_model(path: Path, flat: Flat, weights: torch.Tensor) -> None:
@@ -248,7 +251,8 @@ class Saver:
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync_folder(self.folder)
-        keep = {*sorted(p.name for p in self.folder.glob("step-*"))[-self.keep :], self.best}
+        earlier = sorted(p.name for p in self.folder.glob("step-*") if p.name <= name)  # later ones are torn or undone
+        keep = {*earlier[-self.keep :], self.best}
         for old in self.folder.glob("step-*"):
             if old.name not in keep:
                 shutil.rmtree(old)

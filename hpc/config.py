@@ -144,7 +144,12 @@ def resolve(raw: dict[str, Any], registry: Mapping[str, Mapping[str, type]]) -> 
         fields[table] = (_table_model(table, raw, registry[table]), ...)
     model = create_model("Recipe", __base__=Recipe, **fields)
     try:
-        return model.model_validate(raw)
+        recipe = model.model_validate(raw)
+        if recipe.data.batch % recipe.splits:
+            raise RecipeError(
+                f"recipe key 'data.batch' = {recipe.data.batch}: expected a multiple of splits = {recipe.splits}"
+            )
+        return recipe
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, model) for e in error.errors())) from None
 

@@ -267,9 +267,9 @@ def launch_remedy(fits: Sequence[str], error: str) -> str:
 def check_abilities(world: Mapping[str, Any]) -> list[Finding]:
     """Threads and CUDA, as a sound world reported them."""
     remedy = "" if world["multiple"] else "use an MPI with thread support (MPICH, Open MPI 3 or newer)"
-    level = "THREAD_MULTIPLE" + ("" if world["multiple"] else " is missing: exchanges run in a thread of their own")
+    level = "THREAD_MULTIPLE" + ("" if world["multiple"] else " is missing: no exchange in a thread of its own")
     text = "MPI reads GPU memory itself" if world["cuda"] else "no: GPU tensors are staged through host memory"
-    return [Finding("threads", "problem" if remedy else "ok", level, remedy),
+    return [Finding("threads", "note" if remedy else "ok", level, remedy),
             Finding("cuda-aware", "ok" if world["cuda"] else "note", text)]
 
 

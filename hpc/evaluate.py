@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from collectives.comm import Comm
+from collectives.comm import Comm, everywhere
 from hpc.batches import read_piece
 from hpc.shards import DataError, Dataset
 from models.task import Sums, Task
 
-PIECE_ROWS = 16384
+PIECE_ROWS = 4096
 BATCH_ROWS = 2048
 
 
@@ -51,7 +51,7 @@ def evaluate(
     total = _add([sums for _, sums in everyone])
     empty = [name for name, (_, count) in total.items() if not count]
     if empty or not total:
-        raise DataError(f"data set '{dataset.folder}' has nothing to evaluate ({empty or 'no items'})")
+        raise everywhere(DataError(f"data set '{dataset.folder}' has nothing to evaluate ({empty or 'no items'})"))
     return {name: value / count for name, (value, count) in total.items()}
 
 

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from collectives.comm import Comm
@@ -58,20 +60,24 @@ class RunJournal:
         torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._file.write("\n" if torn else "")  # a crash may have left half a line
+        self._folder, self._tensorboard = folder, tensorboard
         self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is wanted
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._steps, self._first, self._began = steps, 0, time.monotonic()
         self._live = sys.stderr.isatty()
         self._bar = Progress(
             TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}"), disable=not self._live,
+            TextColumn("{task.description}"), disable=not self._live, console=Console(stderr=True),
         )
         self._task = self._bar.add_task("", total=steps)
         self._bar.start()
 
     def write(self, event: str, **values: Any) -> None:
+        if event == "start":
+            self._first, self._began = values["step"], time.monotonic()
+        if event == "start" and self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is wanted
+
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=values["step"])
         self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
         self._file.flush()
         if self._board is not None and event in ("train", "validate"):
@@ -82,13 +88,15 @@ class RunJournal:
     def show(self, at: int, text: str) -> None:
         self._bar.update(self._task, completed=at, description=text)
         if not self._live:
-            print(text, file=sys.stderr, flush=True)
+            left = (time.monotonic() - self._began) / max(at - self._first, 1) * (self._steps - at)
+            print(f"{text}  {timedelta(seconds=round(left))} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.stop()
         self._file.close()
         if self._board is not None:
             self._board.close()
+            self._board = None
 
 
 class Meter:
@@ -140,19 +148,28 @@ class Meter:
         if at // self.every != before // self.every:
             self._record(at, learning_rate)
 
+    def finish(self, learning_rate: float) -> None:
+        """The end of training: record what came after the last record (collective)."""
+        self._record(self.at, learning_rate)
+
     def _record(self, at: int, learning_rate: float) -> None:
         seconds = time.perf_counter() - self._since
+        training = max(seconds - self._seconds["validate"] - self._seconds["checkpoint"], 1e-9)
         frames = sum(int(c) for _, c in self._losses.values())
-        mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / seconds, **self._seconds}
+        mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / training, **self._seconds}
         joined = self.comm.gather({"mine": mine, "losses": sorted(self._losses.items())})
         losses = sorted(entry for rank in joined for entry in rank["losses"])
         count = sum(int(c) for _, (_, c) in losses)
-        loss = math.fsum(total for _, (total, _) in losses) / max(count, 1)
+        by_rank = [rank["mine"] for rank in joined]
+        if not count:  # nothing trained on since the last record: only validated and saved
+            self.journal.write("rest", step=at, seconds=seconds, by_rank=by_rank)
+            return self._clear()
+        loss = math.fsum(total for _, (total, _) in losses) / count
         epoch, all_frames = self.progress(at)
         self.journal.write(
             "train", step=at, epoch=epoch, frames=all_frames, loss=loss, learning_rate=learning_rate,
-            frames_per_s=count / seconds, seconds=seconds, by_rank=[rank["mine"] for rank in joined],
+            frames_per_s=count / training, seconds=seconds, by_rank=by_rank,
         )
-        speed = f"{count / seconds:,.0f} frames/s"
+        speed = f"{count / training:,.0f} frames/s"
         self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4f}  {speed}  learning rate {learning_rate:.4g}")
         self._clear()

@@ -15,8 +15,8 @@ import torch
 from collectives.comm import Comm
 from hpc.build import load_run
 from hpc.evaluate import PIECE_ROWS, batches_of
-from hpc.run import read_data
-from hpc.shards import Dataset, ShardWriter
+from hpc.run import compare_fields, read_data
+from hpc.shards import Dataset, ShardWriter, read_manifest
 
 EXAMPLES = """examples:
   trireme predict runs/an4 data/an4/test --to ark --priors      # scaled log-likelihoods for a Kaldi decoder
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Write a finished run's outputs for every utterance of a data set (collective)."""
     _, task, model, device = load_run(arguments.run, arguments.device, comm)
     shift = log_priors(read_data(arguments.run)["fields"]["labels"]) if arguments.priors else None
+    comm.on_root(lambda: _check(arguments))
     dataset = Dataset(arguments.data, task.fields)
     out = arguments.out or arguments.run / f"predictions-{arguments.data.name}"
     comm.on_root(lambda: _clear(out))
@@ -56,6 +57,10 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     what = "scaled log-likelihoods" if arguments.priors else "log posteriors"
     comm.on_root(lambda: print(f"{len(written)} utterances of {what} in {out}"))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 
 
 def _clear(out: Path) -> None:

@@ -221,7 +221,7 @@ def _validations(run: RunHistory) -> str:
 
 def _time_spent(run: RunHistory) -> str:
     rows = []
-    for (rank, host), spent in time_by_rank(run.of("train")).items():
+    for (rank, host), spent in time_by_rank([*run.of("train"), *run.of("rest")]).items():
         total = sum(spent.values())
         shares = [f"{duration(spent[p])} ({spent[p] / total:.1%})" if total else "–" for p in (*PHASES, OTHER)]
         rows.append([rank, host, *shares, duration(total)])

@@ -103,7 +103,7 @@ def wide_scale(axes: Axes, values: Iterable[float], ratio: float = 20.0) -> None
 
 def draw(run: RunHistory, theme: Theme = LIGHT) -> bytes:
     """The picture of a run as a PNG, 1600 pixels wide."""
-    bars = time_by_rank(run.of("train"))
+    bars = time_by_rank([*run.of("train"), *run.of("rest")])
     spent_height = 1.0 + (0.32 * max(len(bars), 2) if len(bars) <= BARS_AT_MOST else 2.6)
     figure = new_figure(3.5 + 2.8 + spent_height, theme)
     grid = figure.add_gridspec(3, 2, height_ratios=[3.5, 2.8, spent_height])

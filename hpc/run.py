@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import tomllib
 import traceback
 from pathlib import Path
 from typing import Any
 
+from hpc.checkpoint import check
 from hpc.config import Recipe, differences
 from hpc.shards import MANIFEST, sha256_of, write_json
 
@@ -42,12 +44,16 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.opened = False  # whether it is this run's: only then a failure is written into it
 
     def open(self, recipe: Recipe, fields: dict[str, Any]) -> bool:
         """Make the folder, or check that it belongs to this recipe and data; whether the run is finished already.
 
+        A run that has not come to a checkpoint yet has nothing to lose: its recipe is replaced.
+
         Raises RunError naming the keys that differ, if it holds another recipe's run.
         """
+        finished, learned = (self.path / SUCCESS).exists(), any(self.checkpoints.glob("step-*"))
         data = {"fields": fields, "train": _digest(recipe.data.train), "validation": _digest(recipe.data.validation)}
         if (self.path / RECIPE).exists():
             held = tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
@@ -55,7 +61,7 @@ class RunFolder:
             held_data = read_data(self.path)
             other = [k for k in ("train", "validation") if held_data[k] != data[k]]
             changed += [f"data.{k}: another data set than before" for k in other]
-            if changed:
+            if changed and (finished or learned):
                 raise RunError(
                     f"run folder '{self.path}' holds a run of another recipe ({'; '.join(changed)}); "
                     f"choose another folder (run=...), or remove it to start over"
@@ -67,10 +73,14 @@ class RunFolder:
         temporary = self.path / f".{RECIPE}.tmp"
         temporary.write_text(recipe.to_toml(), encoding="utf-8")
         os.replace(temporary, self.path / RECIPE)
-        return (self.path / SUCCESS).exists()
+        return finished
 
     def ship(self, checkpoint: str, summary: dict[str, Any]) -> dict[str, Any]:
-        """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256."""
+        """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256.
+
+        Raises CheckpointError if the checkpoint was altered since it was written.
+        """
+        check(self.checkpoints / checkpoint)
         temporary = self.path / f".{MODEL}.tmp"
         shutil.copyfile(self.checkpoints / checkpoint / MODEL, temporary)
         with open(temporary, "rb") as file:
@@ -83,16 +93,17 @@ class RunFolder:
 
     def fail(self, rank: int, host: str, where: str, error: BaseException) -> None:
         """Keep the cause of a failure; a disk too full even for that is not the failure to report."""
+        if not self.opened:
+            return
         cause = {
             "time": time.time(), "rank": rank, "host": host, "where": where,
             "error": f"{type(error).__name__}: {error}",
             "traceback": "".join(traceback.format_exception(error)),
         }
-        if self.path.is_dir():
-            try:
-                write_json(self.path / FAILURE, cause)
-            except OSError as second:
-                print(f"(failure.json could not be written either: {second})")
+        try:
+            write_json(self.path / FAILURE, cause)
+        except OSError as second:
+            print(f"({FAILURE} could not be written either: {second})", file=sys.stderr)
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -101,6 +112,32 @@ def read_data(path: Path) -> dict[str, Any]:
         return json.loads((path / DATA).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"'{path}' is not a run folder ({DATA}: {error})") from error
+
+
+def compare_fields(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    """Raise RunError if a data set's fields are not those that a model is trained on.
+
+    ours, theirs  field descriptions (`dataset.json`, `data.json`)
+    where         the other data set's name, for the message
+    """
+    for name, about in ours.items():
+        other = theirs.get(name)
+        if other is None:
+            raise RunError(f"data set '{where}' has no field '{name}'; it has {sorted(theirs)}")
+        made, other_made = (dict(f.get("description") or {}) for f in (about, other))
+        pairs = [(key, about.get(key), other.get(key)) for key in ("width", "classes", "names", "dtype")]
+        pairs += [(key, made.get(key), other_made.get(key)) for key in sorted((made | other_made).keys() - {"source"})]
+        for key, mine, its in pairs:
+            if mine != its:
+                raise RunError(
+                    f"data set '{where}': field '{name}' has another {key} than the training data ({_brief(its)}, not "
+                    f"{_brief(mine)}); prepare it the same way, with --stats-from the training set"
+                )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(folder: str) -> str:

@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +38,8 @@ class Device:
         if name == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda', but torch sees no GPU here; set device = 'cpu' or see 'trireme doctor'")
         self.torch = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if name == "cuda" else name)
+        if self.torch.type == "cuda":
+            torch.cuda.set_device(self.torch)  # pinned buffers belong to the current device
         self.precision = precision
         self.threads = threads
         torch.set_num_threads(threads)
@@ -82,6 +84,7 @@ class Watchdog:
         self.patience, self.label, self.abort = patience, label, abort
         self.where = "starting"
         self._beaten = time.monotonic()
+        self._rests = False
         self._closed = threading.Event()
         if patience:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -90,12 +93,24 @@ class Watchdog:
         """Progress: `where` is what the rank does now."""
         self.where, self._beaten = where, time.monotonic()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """A stretch in which no progress is expected to be shown."""
+        self._rests = True
+        try:
+            yield
+        finally:
+            self._rests, self._beaten = False, time.monotonic()
+
     def close(self) -> None:
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.patience / 4)):
+            if self._rests:
+                faulthandler.cancel_dump_traceback_later()
+                continue
             # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
             faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
             if time.monotonic() - self._beaten > self.patience:
@@ -104,6 +119,7 @@ class Watchdog:
                     "the stacks of this rank's threads:", file=sys.stderr, flush=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
+                time.sleep(2.0)  # the other ranks' watchdogs print theirs
                 self.abort(1)
 
 

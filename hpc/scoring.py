@@ -12,7 +12,8 @@ from rich.table import Table
 from collectives.comm import Comm
 from hpc.build import load_run
 from hpc.evaluate import evaluate
-from hpc.shards import Dataset
+from hpc.run import compare_fields, read_data
+from hpc.shards import Dataset, read_manifest
 
 EXAMPLES = """examples:
   trireme evaluate runs/demo data/demo/validation
@@ -30,10 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Print a finished run's metrics on a data set (collective)."""
     _, task, model, device = load_run(arguments.run, arguments.device, comm)
+    comm.on_root(lambda: _check(arguments))
     dataset = Dataset(arguments.data, task.fields)
     metrics = evaluate(task, model, dataset, comm, device.place, device.autocast)
     comm.on_root(lambda: _print_metrics(arguments, dataset, metrics))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 
 
 def _print_metrics(arguments: argparse.Namespace, dataset: Dataset, metrics: dict[str, float]) -> None:

@@ -155,10 +155,13 @@ class Dataset:
 
     folder  the data set's folder (what `trireme prepare` wrote)
     frame_fields  the fields that must have one row a frame, in step with each other
+    remedy        what to do about a damaged file, for the error
     """
 
-    def __init__(self, folder: str | Path, frame_fields: Sequence[str] = ("features", "labels")):
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, frame_fields: Sequence[str] = ("features", "labels"), remedy: str = REMEDY
+    ):
+        self.folder, self.remedy = Path(folder), remedy
         self.manifest = read_manifest(self.folder)
         self.frame_fields = tuple(frame_fields)
         missing = [f for f in frame_fields if f not in self.manifest["fields"]]
@@ -216,7 +219,8 @@ class Dataset:
                 values.read_direct(out, np.s_[at - base : end - base], np.s_[at - low : end - low])
             except (OSError, KeyError, ValueError, TypeError) as error:
                 raise DataError(
-                    f"shard '{path}': field '{field}' rows {at - base}:{end - base} cannot be read ({error}); {REMEDY}"
+                    f"shard '{path}': field '{field}' rows {at - base}:{end - base} cannot be read ({error}); "
+                    f"{self.remedy}"
                 ) from error
             at = end
 
@@ -232,7 +236,7 @@ class Dataset:
             if found != entry["sha256"]:
                 raise DataError(
                     f"shard '{self.folder / entry['name']}' is damaged: its SHA-256 is {found[:12]}..., "
-                    f"{MANIFEST} says {entry['sha256'][:12]}...; {REMEDY}"
+                    f"{MANIFEST} says {entry['sha256'][:12]}...; {self.remedy}"
                 )
         first = self._keys(entries[0])
         for field, entry in zip(wanted[1:], entries[1:], strict=True):
@@ -242,7 +246,7 @@ class Dataset:
                 at = next((i for i, (a, b) in pairs if a != b), min(len(first), len(keys)))
                 raise DataError(
                     f"shard '{entry['name']}': field '{field}' has other utterances than '{entries[0]['name']}' "
-                    f"(first difference at utterance {at}); {REMEDY}"
+                    f"(first difference at utterance {at}); {self.remedy}"
                 )
 
     def close(self) -> None:
@@ -265,7 +269,7 @@ class Dataset:
         try:
             return [k.decode() for k in self._h5(path)["keys"][:]]
         except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"shard '{path}': keys cannot be read ({error}); {REMEDY}") from error
+            raise DataError(f"shard '{path}': keys cannot be read ({error}); {self.remedy}") from error
 
     def _shard_starts(self, shard: int) -> np.ndarray:
         """A shard's row starts [u + 1], the same for all frame fields, checked against the manifest and each other."""
@@ -274,30 +278,31 @@ class Dataset:
             entry = self._entry(shard, field)
             path = self.folder / entry["name"]
             if not path.is_file():
-                raise DataError(f"shard '{path}' is missing, {MANIFEST} lists it; {REMEDY}")
+                raise DataError(f"shard '{path}' is missing, {MANIFEST} lists it; {self.remedy}")
             if path.stat().st_size != entry["bytes"]:
                 raise DataError(
                     f"shard '{path}' has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']} "
-                    f"(cut short or replaced); {REMEDY}"
+                    f"(cut short or replaced); {self.remedy}"
                 )
             try:
                 group = self._h5(path)[field]
                 starts, rows = group["starts"][:], group["values"].shape[0]
             except (OSError, KeyError, ValueError) as error:
-                raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {REMEDY}") from error
+                raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {self.remedy}") from error
             if rows != entry["rows"][field] or starts[-1] != rows or len(starts) != entry["utterances"] + 1:
                 raise DataError(
                     f"shard '{path}': field '{field}' has {rows} rows and {len(starts) - 1} utterances, "
-                    f"{MANIFEST} says {entry['rows'][field]} rows and {entry['utterances']} utterances; {REMEDY}"
+                    f"{MANIFEST} says {entry['rows'][field]} rows and {entry['utterances']} utterances; {self.remedy}"
                 )
             if starts[0] != 0 or (np.diff(starts) <= 0).any():
-                raise DataError(f"shard '{path}': field '{field}' holds an empty utterance; {REMEDY}")
+                raise DataError(f"shard '{path}': field '{field}' holds an empty utterance; {self.remedy}")
             if first is None:
                 first = starts
             elif len(starts) != len(first) or (starts != first).any():
                 raise DataError(
                     f"shard '{path}': field '{field}' has {rows} rows in {len(starts) - 1} utterances, field "
-                    f"'{self.frame_fields[0]}' has {first[-1]} in {len(first) - 1}, or they end elsewhere; {REMEDY}"
+                    f"'{self.frame_fields[0]}' has {first[-1]} in {len(first) - 1}, or they end elsewhere; "
+                    f"{self.remedy}"
                 )
         assert first is not None
         return first

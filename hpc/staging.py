@@ -2,48 +2,65 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from collectives.comm import Comm
-from hpc.shards import MANIFEST, DataError, read_manifest
+from hpc.shards import MANIFEST, REMEDY, DataError, read_manifest, sha256_of
 
 
 def stage(source: Path, target: str, comm: Comm) -> Path:
-    """The data set's copy below `target` on this host, made by the host's first rank if it is not there (collective).
+    """The data set's copy below `target` on this host, made or completed by the host's first rank (collective).
 
-    Each file is copied under a temporary name and renamed, the manifest last, so an interrupted copy is taken up where
-    it stopped. Shards are verified afterwards like any others.
+    source  the data set's folder
+    target  a folder on a disk of this host; the copy's name below it depends on the manifest alone
 
-    Raises OSError if the copy fails, DataError if a file of the source is missing.
+    Raises what `copy_dataset` raises; RootFailed on the ranks that did not fail themselves.
     """
-    manifest_text = comm.on_root(lambda: (source / MANIFEST).read_text(encoding="utf-8"))
-    digest = hashlib.sha256(manifest_text.encode()).hexdigest()[:16]
-    place = Path(target) / f"trireme-{digest}"
-
-    def copy() -> None:
-        if comm.local_rank or (place / MANIFEST).exists():
-            return
-        place.mkdir(parents=True, exist_ok=True)
-        for shard in read_manifest(source)["shards"]:
-            for entry in shard["files"]:
-                _copy(source / entry["name"], place / entry["name"], entry["bytes"])
-        _copy(source / MANIFEST, place / MANIFEST, -1)
-
-    comm.each(copy)
+    place = Path(target) / comm.on_root(lambda: staged_name(source))
+    comm.each(lambda: copy_dataset(source, place) if comm.local_rank == 0 else None)
     return place
 
 
+def staged_name(source: Path) -> str:
+    """What the copy of a data set is called: another manifest, another name. Raises DataError if there is none."""
+    read_manifest(source)
+    return f"trireme-{sha256_of(source / MANIFEST)[:16]}"
+
+
+def copy_dataset(source: Path, place: Path) -> None:
+    """Copy a data set to the folder `place`, leaving out files that are there already in their full size.
+
+    Each file is copied under a temporary name, made durable and renamed, the manifest last: an interrupted copy is
+    taken up where it stopped. The content of shards is not compared here; `Dataset.verify` does it.
+
+    Raises DataError if a file of the source is missing or has another size than its manifest says, OSError if the copy
+    fails.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    for shard in read_manifest(source)["shards"]:
+        for entry in shard["files"]:
+            _copy(source / entry["name"], place / entry["name"], entry["bytes"])
+    _copy(source / MANIFEST, place / MANIFEST, (source / MANIFEST).stat().st_size)
+
+
 def _copy(source: Path, target: Path, size: int) -> None:
-    if target.exists() and target.stat().st_size == size:
+    if target.is_file() and target.stat().st_size == size:
         return
     if not source.is_file():
-        raise DataError(f"shard '{source}' is missing, {MANIFEST} lists it; run 'trireme prepare' again")
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+        raise DataError(f"shard '{source}' is missing, {MANIFEST} lists it; {REMEDY}")
+    if source.stat().st_size != size:
+        raise DataError(
+            f"shard '{source}' has {source.stat().st_size} bytes, {MANIFEST} says {size} (cut short or replaced); "
+            f"{REMEDY}"
+        )
+    temporary = target.with_name(f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

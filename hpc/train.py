@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from collectives.comm import Comm
+from collectives.comm import Comm, everywhere
 from collectives.strategy import Strategy, TrainingFailed
 from hpc.batches import Batches
-from hpc.checkpoint import Checkpoint, Saver
+from hpc.checkpoint import Checkpoint, Saver, check
 from hpc.meter import Meter
 from hpc.runtime import Device, StopFlag
 from hpc.schedule import Schedule
@@ -57,9 +57,8 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
     job.model.train()
     while at < schedule.steps and not schedule.stopped:
         judged = schedule.next_judgement(at)
-        saved = (at // job.checkpoint_every + 1) * job.checkpoint_every if job.checkpoint_every else judged
         strategy.rate = schedule.rate(at)
-        n = strategy.span(min(judged, saved) - at)
+        n = strategy.span(judged - at)
         for split in comm.splits:  # the splits this rank holds, ascending
             strategy.enter(split)
             for t in range(at, at + n):
@@ -78,13 +77,16 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
         job.saver.poll()
         if at == judged:
             best = judge(job, at)
-        if at in (judged, saved) or stopping:
+        due = job.checkpoint_every and at // job.checkpoint_every != (at - n) // job.checkpoint_every
+        if at == judged or due or stopping:
             with meter("checkpoint"):
                 job.saver.save(at, strategy.state(), {"schedule": schedule.state()}, best=at == judged and best)
         if stopping and at < schedule.steps and not schedule.stopped:
             break
     comm.settle()
-    job.saver.close()
+    with meter("checkpoint"):
+        job.saver.close()
+    meter.finish(schedule.rate(at).learning_rate)
     return bool(schedule.stopped) or at >= schedule.steps
 
 
@@ -94,6 +96,8 @@ def learn(job: Job, batch: Any, split: int, t: int, carry: Any) -> tuple[int, An
     with job.device.autocast():
         total, count, carry = job.task.loss(job.model, batch, carry)
     total.backward()
+    if carry is not None:  # neither saved nor resumed yet; the first task that needs it brings that
+        raise NotImplementedError(f"{type(job.task).__name__}.loss returned a carry, which checkpoints do not hold yet")
     if not math.isfinite(job.meter.add(split, total, count)):
         some = sorted({batch.key_of(i) for i in range(min(count, 5))})
         raise TrainingFailed(
@@ -113,6 +117,8 @@ def judge(job: Job, at: int) -> bool:
     seconds = meter.totals["validate"]
     with meter("validate"):
         metrics = job.evaluate()
+    if not math.isfinite(metrics[job.metric]):
+        raise everywhere(TrainingFailed(f"validation {job.metric} is {metrics[job.metric]} at step {at}"))
     rate = job.strategy.rate.learning_rate
     verdict, state = comm.on_root(lambda: [schedule.judge(at, metrics[job.metric]), schedule.state()])
     schedule.restore(state)
@@ -127,5 +133,7 @@ def judge(job: Job, at: int) -> bool:
     if verdict == "roll back":
         job.saver.wait()
         comm.barrier()
-        job.strategy.restore(Checkpoint(job.saver.folder / str(job.saver.best), job.saver.flat))
+        best_checkpoint = job.saver.folder / str(job.saver.best)
+        comm.on_root(lambda: check(best_checkpoint))
+        job.strategy.restore(Checkpoint(best_checkpoint, job.saver.flat))
     return best

@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from collectives.comm import Comm
-from hpc.build import make_job, registry
+import torch
+
+from collectives.comm import Comm, RootFailed, everywhere
+from collectives.strategy import TrainingFailed
+from hpc.build import finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
 from hpc.config import Recipe, load
 from hpc.run import MODEL, SUCCESS, RunFolder
@@ -35,14 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Train, resume, or say that the run is finished; the exit code (collective)."""
-    comm.on_root(lambda: load(arguments.recipe, arguments.overrides, registry()) and None)  # one complaint, not K
+    comm.on_root(lambda: _check(load(arguments.recipe, arguments.overrides, registry())))  # one complaint, not K
     recipe = load(arguments.recipe, arguments.overrides, registry())
     return run_recipe(recipe, comm)
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise ValueError for what a recipe says wrong, before a run folder is made."""
+    make_policy(recipe)
+    if recipe.init_from:
+        finished_model(Path(recipe.init_from))
 
 
 def run_recipe(recipe: Recipe, comm: Comm) -> int:
     """Train a resolved recipe in its run folder; 0, or PREEMPTED if it was asked to stop (collective)."""
     folder = RunFolder(recipe.run)
+    open_log(comm.rank, comm.host, None)
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
     watchdog = Watchdog(recipe.log.watchdog, f"rank {comm.rank} on {comm.host}", comm.abort)
     try:
@@ -51,7 +62,12 @@ def run_recipe(recipe: Recipe, comm: Comm) -> int:
             comm.on_root(lambda: print(f"{folder.path} is finished ({SUCCESS} is there); nothing to do"))
             return 0
         open_log(comm.rank, comm.host, folder.logs)
-        return _train(recipe, *made, folder)
+        try:
+            return _train(recipe, *made, folder)
+        finally:
+            made[0].meter.journal.close()
+    except RootFailed:  # the rank that raised keeps the cause
+        raise
     except Exception as error:
         where = f"while {watchdog.where}"
         error.add_note(where)
@@ -67,8 +83,8 @@ def _train(recipe: Recipe, job: Job, at: int, folder: RunFolder) -> int:
     train_frames = job.batches.dataset.rows
     journal.write(
         "start", step=at, resumed_from=step_name(at) if at else None, ranks=comm.size, hosts=hosts,
-        splits=comm.n_splits,
-        parameters=job.saver.flat.count, train_frames=train_frames, validation_frames=job.validation_frames,
+        splits=comm.n_splits, parameters=job.saver.flat.count, train_frames=train_frames,
+        validation_frames=job.validation_frames,
         batch=recipe.data.batch, steps_per_epoch=job.batches.per_epoch, device=str(job.device.torch),
         threads=recipe.threads, precision=recipe.precision, versions=versions(),
     )
@@ -87,9 +103,10 @@ def _train(recipe: Recipe, job: Job, at: int, folder: RunFolder) -> int:
         "stopped": job.schedule.stopped if finished else "preempted", "ranks": comm.size,
     }
     if finished:
+        if not torch.isfinite(job.saver.flat.weights).all():
+            raise everywhere(TrainingFailed("the last update left weights that are not finite; lower its rate"))
         end = comm.on_root(lambda: folder.ship(job.saver.best or step_name(job.meter.at), end))
     journal.write("end", **end)
-    journal.close()
     if not finished:
         log.info("asked to stop: checkpointed at step %d; start the same command to go on", job.meter.at)
         return PREEMPTED

@@ -7,6 +7,7 @@ CC BY). The job: which of them speaks, frame by frame, in utterances never train
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -90,7 +91,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo")
     arguments = parser.parse_args(words)
     try:
-        show(run(arguments.voices, arguments.data, arguments.run, arguments.ranks), arguments.run)
+        show(run(arguments.voices, arguments.data, arguments.run, arguments.ranks))
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -100,7 +101,8 @@ def main(words: list[str] | None = None) -> int:
 def run(given: list[str], data: Path, run_folder: Path, ranks: int) -> dict[str, object]:
     """The whole job; what `show` prints."""
     if given:
-        sources, prepared = given, data / "own"
+        tag = hashlib.sha256(" ".join(given).encode()).hexdigest()[:8]  # other voices, another data set and run
+        sources, prepared, run_folder = given, data / f"own-{tag}", run_folder.with_name(f"{run_folder.name}-{tag}")
     else:
         voices = fetch_voices(data / "voices")
         sources, prepared = [f"{name}={folder}" for name, folder in voices.items()], data / "demo"
@@ -121,8 +123,9 @@ def run(given: list[str], data: Path, run_folder: Path, ranks: int) -> dict[str,
     }
 
 
-def show(result: dict[str, object], run_folder: Path) -> None:
+def show(result: dict[str, object]) -> None:
     """The result table, where everything lies, and one JSON line."""
+    run_folder = Path(str(result["run"]))
     success = json.loads((run_folder / "success").read_text())
     table = Table(title="Which voice speaks? Frames of utterances never trained on")
     table.add_column("")

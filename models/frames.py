@@ -43,7 +43,7 @@ class DNN(torch.nn.Module):
         super().__init__()
         self.mean: torch.Tensor
         self.scale: torch.Tensor
-        self.register_buffer("mean", mean_D)
+        self.register_buffer("mean", mean_D.clone())
         self.register_buffer("scale", 1.0 / deviation_D)
         sizes = [window * len(mean_D)] + [width] * layers
         hidden: list[torch.nn.Module] = []
@@ -136,7 +136,9 @@ class Frames:
 
     def collate(self, piece: Piece, low: int, high: int) -> FrameBatch:
         items = piece.items[low:high]
-        window = items[:, None] + self.offsets.to(items.device)
+        if self.offsets.device != items.device:
+            self.offsets = self.offsets.to(items.device)
+        window = items[:, None] + self.offsets
         window = torch.minimum(torch.maximum(window, piece.first[low:high, None]), piece.last[low:high, None])
         inputs = piece.fields["features"].index_select(0, window.flatten()).view(*window.shape, -1)
         labels = piece.fields["labels"].index_select(0, items).long()

@@ -15,7 +15,7 @@ from prepare_material import same, utterances, write_kaldi
 
 from collectives.comm import Comm
 from hpc.prepare import frames_options
-from hpc.prepare.frames import main, prepare_frames
+from hpc.prepare.frames import prepare_frames, run
 from hpc.prepare.kaldi import KaldiSource
 from hpc.prepare.labels import read_names
 from hpc.shards import DataError, read_manifest
@@ -114,17 +114,15 @@ def test_names_with_or_without_an_index(tmp_path, text):
         read_names(tmp_path / "names")
 
 
-def test_the_command_prepares_and_shows_a_table(tmp_path, capsys):
+def test_the_command_prepares_and_shows_a_table(trireme, tmp_path):
     write_kaldi(tmp_path, utterances(20))
-    words = ["--from", "kaldi", "--feats", f"{tmp_path}/feats.scp", "--shards", "2", "--classes", "6"]
-    words += ["--group", "^(s.)-", "--validation-groups", "1"]
+    words = ["prepare", "frames", "--from", "kaldi", "--feats", f"{tmp_path}/feats.scp", "--shards", 2, "--classes", 6]
+    words += ["--group", "^(s.)-", "--validation-groups", 1]
     # OUT stands last, behind an option that takes several values
-    assert main([*words, "--alignments", f"{tmp_path}/ali.txt", f"{tmp_path}/out"]) == 0
-    shown = capsys.readouterr().out
+    shown = trireme(*words, "--alignments", f"{tmp_path}/ali.txt", f"{tmp_path}/out").stdout
     assert "train" in shown and "validation" in shown and "4/6" in shown and "written to" in shown
     assert read_manifest(tmp_path / "out/validation")["utterances"] == 4
-    assert main([*words, "--alignments", f"{tmp_path}/ali.txt", f"{tmp_path}/out"]) == 0
-    assert "nothing was done" in capsys.readouterr().out
+    assert "nothing was done" in trireme(*words, "--alignments", f"{tmp_path}/ali.txt", f"{tmp_path}/out").stdout
 
 
 @pytest.mark.parametrize(
@@ -144,11 +142,28 @@ def test_the_command_prepares_and_shows_a_table(tmp_path, capsys):
         ("--from kaldi --feats nowhere.scp --alignments b --stats-from c -- OUT", "'c' is not a data set"),
     ],
 )
-def test_wrong_command_lines_say_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
+def test_wrong_command_lines_say_what_is_wrong(comm, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert main(words.split()) == 1
-    assert message in capsys.readouterr().err
+    parser = argparse.ArgumentParser()
+    frames_options.add_arguments(parser)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        run(parser.parse_args(words.split()), comm)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from kaldi OUT", "needs --feats and --align"),
+        ("--from kaldi --feats nowhere.scp --alignments b -- OUT", "nowhere.scp"),
+        ("--from kaldi --feats feats.scp --alignments ali.txt --shards 0 -- OUT", "--shards 0"),
+    ],
+)
+def test_what_is_wrong_is_said_once_however_many_ranks(trireme, tmp_path, words, message):
+    write_kaldi(tmp_path, utterances(4))
+    failed = trireme("prepare", "frames", *words.split(), ranks=2, code=1, cwd=tmp_path)
+    assert failed.stderr.count(message) == 1 and "Traceback" not in failed.stderr
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_every_example_of_the_help_is_a_command_line_that_parses():
@@ -165,9 +180,9 @@ def test_every_example_of_the_help_is_a_command_line_that_parses():
     assert frames_options.EXAMPLES in parser.format_help()
 
 
-def test_the_manifest_of_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
+def test_the_manifest_of_a_folder_that_cannot_be_written_is_an_error(trireme, tmp_path):
     write_kaldi(tmp_path, utterances(4))
     (tmp_path / "out").write_text("a file")
     words = ["--from", "kaldi", "--feats", f"{tmp_path}/feats.scp", "--alignments", f"{tmp_path}/ali.scp"]
-    assert main([*words, f"{tmp_path}/out"]) == 1
-    assert os.path.isfile(tmp_path / "out") and "out" in capsys.readouterr().err
+    failed = trireme("prepare", "frames", *words, f"{tmp_path}/out", code=1)
+    assert os.path.isfile(tmp_path / "out") and f"{tmp_path}/out" in failed.stderr and "Traceback" not in failed.stderr

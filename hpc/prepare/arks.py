@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import kaldiio.matio
 import numpy as np
 
+from hpc.prepare.journal import stamp
 from hpc.shards import DataError
 
 # path, ":offset" in bytes, "[first:last]" rows with the last one included
@@ -54,15 +56,38 @@ def read_entry(key: str, entry: str) -> np.ndarray:
             file.seek(int(found["offset"] or 0))
             value = read_value(file)
     except FileNotFoundError as error:
-        raise DataError(
-            f"utterance '{key}': no file '{found['path']}'; as in Kaldi, a relative path in an scp file starts at the "
-            "folder the command is run in"
-        ) from error
+        raise _missing(key, found["path"]) from error
     except (OSError, ValueError, AssertionError, struct.error) as error:
         raise DataError(f"utterance '{key}': '{entry}' cannot be read ({error}); write the archive again") from error
     if found["first"] is not None:
         value = value[int(found["first"]) : int(found["last"]) + 1]
     return value
+
+
+def stamps(entries: Mapping[str, str]) -> list[str]:
+    """A line with size and time of change for every archive that scp entries point to, in the order of first mention.
+
+    Raises DataError, naming an utterance, for an archive that is not there.
+    """
+    first: dict[str, str] = {}
+    for key, entry in entries.items():
+        found = ENTRY.fullmatch(entry)
+        assert found is not None
+        first.setdefault(found["path"], key)
+    lines = []
+    for path, key in first.items():
+        try:
+            lines.append(f"{path} {stamp(path)}")
+        except FileNotFoundError as error:
+            raise _missing(key, path) from error
+    return lines
+
+
+def _missing(key: str, path: str) -> DataError:
+    return DataError(
+        f"utterance '{key}': no file '{path}'; as in Kaldi, a relative path in an scp file starts at the folder the "
+        "command is run in"
+    )
 
 
 def read_value(file: BinaryIO) -> np.ndarray:

@@ -20,6 +20,7 @@ import soundfile
 import soxr
 
 from collectives.comm import Comm
+from hpc.prepare.journal import stamp
 from hpc.prepare.labels import some
 from hpc.shards import DataError
 
@@ -30,7 +31,7 @@ SCALE = 32768.0  # Kaldi's features are those of 16-bit samples as they are, not
 
 @dataclass(frozen=True)
 class Sound:
-    """One file: its class, its path below the class's folder (with the class's name before it), and its header."""
+    """One file: its class, its path below the class's folder (the class's name before it), its header, its stamp."""
 
     name: str  # class/relative/path.wav
     path: str
@@ -38,6 +39,7 @@ class Sound:
     samples: int
     rate: int
     channels: int
+    stamp: str
 
     @property
     def key(self) -> str:
@@ -123,7 +125,7 @@ class AudioSource:
         return list(self._sounds)
 
     def digest(self) -> list[str]:
-        return [f"{s.name} {s.label} {s.samples} {s.rate} {s.channels}" for s in self._sounds.values()]
+        return [f"{s.name} {s.label} {s.samples} {s.rate} {s.channels} {s.stamp}" for s in self._sounds.values()]
 
     def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         sound = self._sounds[key]
@@ -153,11 +155,8 @@ def find_audio(
 
     Raises DataError for no files, a class without a name, rates that differ or unreadable files; ValueError, OSError.
     """
-    classes = comm.on_root(lambda: _classes(folders))
+    classes = comm.on_root(lambda: _classes(folders, names))
     order = [name for name, _ in classes] if names is None else names
-    unknown = [name for name, _ in classes if name not in order]
-    if unknown:
-        raise DataError(f"classes {unknown} are not among the classes of the data set given with --stats-from: {order}")
     listing = comm.on_root(lambda: _listing(classes, exclude))
     sounds = [
         Sound(name, path, order.index(label), *header)
@@ -165,7 +164,8 @@ def find_audio(
             listing, _dealt(comm, len(listing), lambda i: _header(listing[i][2])), strict=True
         )
     ]
-    rate = sample_rate or _common_rate(sounds)
+    rate = sample_rate or comm.on_root(lambda: _common_rate(sounds))
+    comm.on_root(lambda: LogMel(rate, mels, frame_shift_ms).mels)  # one complaint, not one a rank
     log_mel = LogMel(rate, mels, frame_shift_ms)
     long_enough = [s for s in sounds if s.samples * rate // s.rate >= log_mel.window]
     kept, repeated = _without_duplicates(comm, long_enough)
@@ -180,10 +180,20 @@ def find_audio(
         "source": "audio", "folders": list(folders), "exclude": list(exclude), "sample_rate": sample_rate, "mels": mels,
         "frame_shift_ms": frame_shift_ms, "names": order,
     }
+    comm.on_root(lambda: AudioSource(kept, order, log_mel, options, notes).notes)
     return AudioSource(kept, order, log_mel, options, notes)
 
 
-def _classes(folders: Sequence[str]) -> list[tuple[str, str]]:
+def _classes(folders: Sequence[str], known: Sequence[str] | None) -> list[tuple[str, str]]:
+    """The classes and their folders. Raises DataError if one is not among those known (None: all are)."""
+    classes = _folders(folders)
+    unknown = [name for name, _ in classes if known is not None and name not in known]
+    if unknown:
+        raise DataError(f"classes {unknown} are not among the classes of the data set given with --stats-from: {known}")
+    return classes
+
+
+def _folders(folders: Sequence[str]) -> list[tuple[str, str]]:
     """The classes and their folders. Raises ValueError for a mixture of forms, OSError for a missing folder."""
     if len(folders) == 1 and (os.path.isdir(folders[0]) or "=" not in folders[0]):
         if not os.path.isdir(folders[0]):
@@ -240,13 +250,13 @@ def _dealt(comm: Comm, count: int, act: Any) -> list[Any]:
     return values
 
 
-def _header(path: str) -> tuple[int, int, int]:
-    """(samples, rate, channels)"""
+def _header(path: str) -> tuple[int, int, int, str]:
+    """(samples, rate, channels, stamp)"""
     try:
         info = soundfile.info(path)
+        return info.frames, info.samplerate, info.channels, stamp(path)
     except (soundfile.LibsndfileError, OSError) as error:
         raise DataError(f"'{path}' cannot be read ({error}); repair it or leave it out with --exclude") from error
-    return info.frames, info.samplerate, info.channels
 
 
 def _samples(sound: Sound) -> np.ndarray:

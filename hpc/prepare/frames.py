@@ -9,23 +9,20 @@ any number of ranks. An interrupted preparation is continued by the same command
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-import traceback
 from collections import Counter as Tally
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collectives.comm import Comm, RootFailed
+from collectives.comm import Comm
 from hpc.prepare import journal, manifests
-from hpc.prepare.frames_options import add_arguments, holdout_of, out_of, show, source_of
+from hpc.prepare.frames_options import add_arguments as add_arguments
+from hpc.prepare.frames_options import checked, holdout_of, show, source_of
 from hpc.prepare.holdout import Holdout, runs, shuffled
 from hpc.prepare.pairs import Form, Source, build_pair
 from hpc.prepare.progress import Counter
 from hpc.shards import MANIFEST, DataError, read_manifest, write_json
-
-__all__ = ["add_arguments", "main", "prepare_frames", "run"]
 
 
 def prepare_frames(
@@ -52,14 +49,12 @@ def prepare_frames(
     `dataset.json` is written); OSError; RootFailed on the ranks that did not fail themselves.
     """
     started = time.monotonic()
-    if shards < 1:
-        raise ValueError(f"--shards {shards}: expected at least 1")
-    cut = _cut(source, shards, validation or Holdout(fraction=0.1), seed, into)
+    cut = comm.on_root(lambda: _cut(source, shards, validation or Holdout(fraction=0.1), seed, into))
     given = None if stats_from is None else comm.on_root(lambda: manifests.given_statistics(stats_from))
-    names = _names(source, given, stats_from)
+    names = comm.on_root(lambda: _names(source, given, stats_from))
     description = {**source.description, "deltas": deltas}
     if given is not None:
-        manifests.check_description(given["description"], description, Path(str(stats_from)))
+        comm.on_root(lambda: manifests.check_description(given["description"], description, Path(str(stats_from))))
     options = {
         "source": source.options, "shards": shards, "deltas": deltas, "seed": seed, "set": into,
         "validation": None if into else (validation or Holdout(fraction=0.1)).options(),
@@ -70,7 +65,9 @@ def prepare_frames(
     state = comm.on_root(lambda: journal.claim(list(folders.values()), mark, options, overwrite))
     report: dict[str, Any] = {"state": state, "resumed": 0, "notes": list(source.notes)}
     if state != "finished":
-        form = _form(comm, source, next(iter(cut.values()))[0][0], names, deltas, given)
+        first = next(iter(cut.values()))[0][0]
+        width = comm.on_root(lambda: _width(source, first, deltas, given))
+        form = Form(width, first, None if names is None else len(names), deltas)
         records, report["resumed"] = _build(comm, source, folders, cut, form, mark, quiet)
         report["notes"] += _tallied(records)
         prepared = {**options, "notes": report["notes"], "fingerprint": mark}
@@ -86,6 +83,8 @@ Cut = dict[str, list[list[str]]]  # set name -> its shards' keys, the set that s
 
 def _cut(source: Source, shards: int, validation: Holdout, seed: int, into: str | None) -> Cut:
     """The keys of every shard of every set. Raises DataError for no utterances or a key that appears twice."""
+    if shards < 1:
+        raise ValueError(f"--shards {shards}: expected at least 1")
     keys = source.keys()
     if not keys:
         raise DataError("there are no utterances to prepare" + "".join(f"; {note}" for note in source.notes))
@@ -123,18 +122,15 @@ def _names(source: Source, given: dict[str, Any] | None, folder: Path | None) ->
     return list(given["names"])
 
 
-def _form(
-    comm: Comm, source: Source, first: str, names: list[str] | None, deltas: int, given: dict[str, Any] | None
-) -> Form:
-    """The form of every utterance, from the first one. Raises DataError if given statistics have another width."""
-    width = comm.on_root(lambda: int(source.load(first)[0].shape[1]))
-    form = Form(width, first, None if names is None else len(names), deltas)
-    if given is not None and len(given["mean"]) != form.final_width:
+def _width(source: Source, first: str, deltas: int, given: dict[str, Any] | None) -> int:
+    """Values a frame before deltas, in the utterance `first`. Raises DataError if given statistics have another."""
+    width = int(source.load(first)[0].shape[1])
+    if given is not None and len(given["mean"]) != width * (1 + deltas):
         raise DataError(
-            f"--stats-from has {len(given['mean'])} values a frame, these features have {form.final_width} with "
+            f"--stats-from has {len(given['mean'])} values a frame, these features have {width * (1 + deltas)} with "
             f"deltas = {deltas}; prepare both the same way"
         )
-    return form
+    return width
 
 
 def _build(
@@ -208,38 +204,13 @@ def _summary(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, comm: Comm) -> int:
     """What `trireme prepare frames` does (collective): 0. Raises as `prepare_frames` does, on every rank."""
-    out = out_of(args)
     stats_from = None if args.stats_from is None else Path(args.stats_from)
     given = None if stats_from is None else comm.on_root(lambda: manifests.given_statistics(stats_from)["names"])
-    holdout: list[Holdout] = []
-    comm.each(lambda: holdout.append(holdout_of(args)))
-    source = source_of(args, comm, given)
+    args = argparse.Namespace(**comm.on_root(lambda: checked(args)))
+    holdout, out = holdout_of(args), Path(args.out)
     report = prepare_frames(
-        comm, source, out, shards=args.shards, deltas=args.deltas, validation=holdout[0], seed=args.seed,
-        into=args.set, stats_from=stats_from, overwrite=args.overwrite,
+        comm, source_of(args, comm, given), out, shards=args.shards, deltas=args.deltas, validation=holdout,
+        seed=args.seed, into=args.set, stats_from=stats_from, overwrite=args.overwrite,
     )
     comm.on_root(lambda: show(report, out))
     return 0
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """`python -m hpc.prepare.frames`: the same as `trireme prepare frames`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="trireme prepare frames")
-    add_arguments(parser)
-    args = parser.parse_args(words)
-    comm = Comm.start()
-    try:
-        return run(args, comm)
-    except (OSError, ValueError, RootFailed) as error:
-        if comm.is_root():  # every rank raises; rank 0's error names the cause wherever it arose
-            print(f"trireme prepare frames: error: {error}", file=sys.stderr, flush=True)
-        comm.barrier()
-        return 1
-    except Exception:  # a fault of the program: on one rank perhaps, so no other may wait for it
-        traceback.print_exc()
-        comm.abort(1)
-        raise
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -91,6 +91,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="drop the last feature frame where labels are one frame short, and count it")
 
 
+def checked(args: argparse.Namespace) -> dict[str, Any]:
+    """All options by name, with OUT found. Call on rank 0: one complaint, not one a rank.
+
+    Raises ValueError for what is missing, contradicts or belongs to another source; OSError if a list cannot be read.
+    """
+    args.out = str(out_of(args))
+    holdout_of(args)
+    origin = args.origin[0]
+    if origin not in OF_SOURCE:
+        raise ValueError(f"--from {origin}: expected one of {sorted(OF_SOURCE)}")
+    others = {option for options in OF_SOURCE.values() for option in options} - set(OF_SOURCE[origin])
+    wrong = sorted("--" + option.replace("_", "-") for option in others if getattr(args, option) is not None)
+    if wrong or (origin != "audio" and len(args.origin) > 1):
+        raise ValueError(f"--from {origin} does not take {wrong or args.origin[1:]}; --help lists what it takes")
+    needed = {"audio": (), "kaldi": ("feats", "alignments"), "sphinx": ("mfc", "labels")}[origin]
+    missing = [f"--{option}" for option in needed if getattr(args, option) is None]
+    if missing:
+        raise ValueError(f"--from {origin} needs {' and '.join(missing)}; see --help for an example")
+    return vars(args)
+
+
 def out_of(args: argparse.Namespace) -> Path:
     """The folder OUT, also where an option that takes several values stands just before it and has swallowed it.
 
@@ -119,37 +140,32 @@ def holdout_of(args: argparse.Namespace) -> Holdout:
 
 
 def source_of(args: argparse.Namespace, comm: Comm, names: list[str] | None) -> Source:
-    """The source that the options describe (collective).
+    """The source that options which are `checked` describe (collective).
 
     names  class names of the data set given with --stats-from, or None
 
-    Raises ValueError for an option that is missing or belongs to another source, and what the source raises.
+    Raises what the source raises, on every rank.
     """
-    origin = args.origin[0]
-    if origin not in OF_SOURCE:
-        raise ValueError(f"--from {origin}: expected one of {sorted(OF_SOURCE)}")
-    others = {option for options in OF_SOURCE.values() for option in options} - set(OF_SOURCE[origin])
-    wrong = sorted("--" + option.replace("_", "-") for option in others if getattr(args, option) is not None)
-    if wrong or (origin != "audio" and len(args.origin) > 1):
-        raise ValueError(f"--from {origin} does not take {wrong or args.origin[1:]}; --help lists what it takes")
-    if origin == "audio":
+    if args.origin[0] == "audio":
         return find_audio(
             comm, args.origin[1:], exclude=args.exclude or (), sample_rate=args.sample_rate,
             mels=40 if args.mels is None else args.mels, frame_shift_ms=args.frame_shift, names=names,
         )
     made: list[Source] = []
-    comm.each(lambda: made.append(_listed(args, origin)))
+
+    def read() -> None:
+        if not made:
+            made.append(_listed(args))
+
+    comm.on_root(read)  # what is wrong with the lists is said once, not once a rank
+    comm.each(read)
     return made[0]
 
 
-def _listed(args: argparse.Namespace, origin: str) -> Source:
+def _listed(args: argparse.Namespace) -> Source:
     """A source that every rank reads the lists of."""
-    needed = ("feats", "alignments") if origin == "kaldi" else ("mfc", "labels")
-    missing = [f"--{option}" for option in needed if getattr(args, option) is None]
-    if missing:
-        raise ValueError(f"--from {origin} needs {' and '.join(missing)}; see --help for an example")
     names = None if args.names is None else read_names(Path(args.names))
-    if origin == "sphinx":
+    if args.origin[0] == "sphinx":
         return SphinxSource(
             Path(args.mfc), Path(args.labels), fileids=None if args.fileids is None else Path(args.fileids),
             width=13 if args.width is None else args.width, names=names, drop_last_frame=bool(args.drop_last_frame),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ def fingerprint(options: Mapping[str, Any], lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(b"\n" + line.encode())
     return digest.hexdigest()
+
+
+def stamp(path: str | Path) -> str:
+    """A file's size in bytes and its time of change in nanoseconds: cheap, and enough to tell that it was replaced."""
+    about = os.stat(path)
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def claim(folders: Sequence[Path], mark: str, options: Mapping[str, Any], overwrite: bool) -> str:
@@ -131,7 +138,10 @@ def _difference(theirs: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     flat_theirs, flat_ours = _flat(theirs), _flat(options)
     names = [n for n in flat_ours if flat_theirs.get(n) != flat_ours[n]]
     if not names:
-        return " made with the same options from other data (the keys or the label files have changed)"
+        return (
+            " made with the same options from other data: since then utterances came or went, or a file that is read "
+            "was changed (its content, its size or its time of change)"
+        )
     said = [f"{n} was {flat_theirs.get(n)!r}, is {flat_ours[n]!r}" for n in names[:3]]
     return " made with other options: " + ", ".join(said)
 

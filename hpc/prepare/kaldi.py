@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc.prepare.arks import read_entry, read_scp
+from hpc.prepare.arks import read_entry, read_scp, stamps
 from hpc.prepare.labels import LabelFiles, check_lengths, some
 from hpc.shards import DataError, sha256_of
 
@@ -37,9 +37,9 @@ class KaldiSource:
     def __init__(
         self, feats: Path, alignments: Sequence[Path], *, names: list[str] | None = None, frame_shift_ms: float = 10.0
     ):
+        self._list = feats
         self._feats = read_scp(feats)
         self._labels = LabelFiles(alignments)
-        self.inputs = [feats, *self._labels.paths]
         self.names = names
         self.tally: dict[str, int] = {}
         self.description: dict[str, Any] = {"source": "kaldi", "frames_per_second": 1000 / frame_shift_ms}
@@ -62,7 +62,8 @@ class KaldiSource:
         return [key for key in self._feats if key in self._labels]
 
     def digest(self) -> list[str]:
-        return [sha256_of(path) for path in self.inputs]
+        keys = self.keys()
+        return [sha256_of(self._list), *stamps({key: self._feats[key] for key in keys}), *self._labels.digest(keys)]
 
     def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         features = read_entry(key, self._feats[key])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hpc.prepare.arks import index_ark, is_binary_ark, read_entry, read_scp
-from hpc.shards import DataError
+from hpc.prepare.arks import index_ark, is_binary_ark, read_entry, read_scp, stamps
+from hpc.shards import DataError, sha256_of
 
 
 class LabelFiles:
@@ -23,10 +23,13 @@ class LabelFiles:
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
         self._entries: dict[str, str] = {}
+        self._listed: dict[str, str] = {}  # those entries that an scp file lists: the archives are files of their own
         self._lines: dict[str, tuple[Path, int]] = {}  # text: the file and the byte its line starts at
         for path in self.paths:
             if path.suffix == ".scp":
-                self._add_entries(path, read_scp(path))
+                listed = read_scp(path)
+                self._add_entries(path, listed)
+                self._listed |= listed
             elif is_binary_ark(path):
                 self._add_entries(path, index_ark(path))
             else:
@@ -38,6 +41,14 @@ class LabelFiles:
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries or key in self._lines
+
+    def digest(self, keys: Iterable[str]) -> list[str]:
+        """Lines that change when a file of labels, or an archive that these keys' labels are read from, changes.
+
+        Raises DataError, naming an utterance, for an archive that is not there.
+        """
+        listed = {key: self._listed[key] for key in keys if key in self._listed}
+        return [*(sha256_of(path) for path in self.paths), *stamps(listed)]
 
     def load(self, key: str) -> np.ndarray:
         """The labels of one utterance, int64 [T]. Raises DataError, naming it, if they are not whole numbers."""

@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def digest(self) -> list[str]:
-        """Lines that change when what is read changes, beyond its keys."""
+        """Lines that change when a file that is read changes. Raises DataError, OSError for one that is not there."""
         ...
 
     def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:

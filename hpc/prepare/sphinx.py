@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpc.prepare.journal import stamp
 from hpc.prepare.labels import LabelFiles, check_lengths, read_keys, some
 from hpc.shards import DataError, sha256_of
 
@@ -58,9 +59,8 @@ class SphinxSource:
     ):
         if not mfc.is_dir():
             raise NotADirectoryError(f"--mfc '{mfc}' is not a folder")
-        self._mfc, self._width, self._drop_last_frame = mfc, width, drop_last_frame
+        self._mfc, self._fileids, self._width, self._drop_last_frame = mfc, fileids, width, drop_last_frame
         self._labels = LabelFiles([labels])
-        self.inputs = [labels] if fileids is None else [labels, fileids]
         wanted = list(self._labels) if fileids is None else read_keys(fileids)
         self._keys = [key for key in wanted if key in self._labels]
         self.names = names
@@ -83,13 +83,11 @@ class SphinxSource:
         return self._keys
 
     def digest(self) -> list[str]:
-        return [sha256_of(path) for path in self.inputs]
+        lists = [] if self._fileids is None else [sha256_of(self._fileids)]
+        return [*lists, *self._labels.digest(self._keys), *(stamp(self._path(key)) for key in self._keys)]
 
     def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        path = self._mfc / f"{key}.mfc"
-        if not path.is_file():
-            raise DataError(f"utterance '{key}' has labels but no file '{path}'; check --mfc or choose with --fileids")
-        features, labels = read_mfc(path, self._width), self._labels.load(key)
+        features, labels = read_mfc(self._path(key), self._width), self._labels.load(key)
         if self._drop_last_frame and len(features) == len(labels) + 1:
             features = features[:-1]
             self.tally[DROPPED] = self.tally.get(DROPPED, 0) + 1
@@ -98,3 +96,9 @@ class SphinxSource:
             advice = "add --drop-last-frame if the labels are always one frame short"
         check_lengths(key, len(features), len(labels), advice)
         return features, labels
+
+    def _path(self, key: str) -> Path:
+        path = self._mfc / f"{key}.mfc"
+        if not path.is_file():
+            raise DataError(f"utterance '{key}' has labels but no file '{path}'; check --mfc or choose with --fileids")
+        return path
