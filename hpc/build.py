@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tomllib
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,7 +19,7 @@ from collectives.comm import Comm
 from hpc import optim
 from hpc.batches import Batches
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
-from hpc.config import Recipe, RecipeError, options, resolve
+from hpc.config import Recipe, RecipeError, options, read_toml, resolve
 from hpc.evaluate import batches_of, evaluate
 from hpc.flat import Flat
 from hpc.meter import Journal, Meter, RunJournal, Silence
@@ -228,7 +227,7 @@ def finished_model(run: Path) -> Path:
 def load_run(path: Path, device_name: str, comm: Comm) -> tuple[Recipe, Task, torch.nn.Module, Device]:
     """A finished run's recipe, task and trained model, for evaluation and prediction (collective)."""
     model_file = Path(comm.on_root(lambda: str(finished_model(path))))
-    recipe = resolve(tomllib.loads((path / RECIPE).read_text(encoding="utf-8")), registry())
+    recipe = resolve(read_toml(path / RECIPE), registry())
     device = Device(device_name, recipe.precision, comm.local_rank, recipe.threads)
     task = make_task(recipe, read_data(path)["fields"])
     model = make_model(recipe, task, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hpc.config import flatten, read_toml
 from hpc.quantities import amount, duration, metric, spoken
 from hpc.records import metrics_of, number
 from hpc.report import replace_file
@@ -103,7 +103,7 @@ def _same(one: float | None, two: float | None) -> bool:
 
 def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Dotted keys whose values differ -> a value a recipe, None where it is not set; the run's own folder left out."""
-    flat = [dict(_flatten(recipe)) for recipe in recipes]
+    flat = [dict(flatten(recipe)) for recipe in recipes]
     keys = dict.fromkeys(key for recipe in flat for key in recipe if key != "run")
     return {
         key: [recipe.get(key) for recipe in flat]
@@ -113,18 +113,7 @@ def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[A
 
 
 def _recipe_of(run: RunHistory) -> dict[str, Any]:
-    try:
-        return tomllib.loads(run.recipe or "")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"'{run.path / 'recipe.toml'}' is not TOML: {error}; restore the file") from error
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Any:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return read_toml(run.path / "recipe.toml") if run.recipe else {}
 
 
 def show(comparison: Mapping[str, Any], console: Console) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -124,15 +124,20 @@ def load(path: str | Path, overrides: Sequence[str], registry: Mapping[str, Mapp
 
     Raises RecipeError, listing every wrong key; OSError if the file cannot be read.
     """
+    raw = read_toml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return resolve(raw, registry)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A recipe file as nested dictionaries, unchecked. Raises RecipeError if it is missing or not TOML."""
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe '{path}' does not exist; Trireme's own are in jobs/recipes/") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe '{path}' is not TOML: {error}") from error
-    for override in overrides:
-        apply_override(raw, override)
-    return resolve(raw, registry)
 
 
 def resolve(raw: dict[str, Any], registry: Mapping[str, Mapping[str, type]]) -> Recipe:
@@ -188,7 +193,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], ignore: Sequence[str] = OPERATIONAL) -> list[str]:
     """Dotted keys in which two recipes (nested dictionaries) differ, as "key: a -> b", the ignored ones left out."""
-    a, b = dict(_flatten(one)), dict(_flatten(other))
+    a, b = dict(flatten(one)), dict(flatten(other))
     found = []
     for key in sorted(a.keys() | b.keys()):
         ignored = any(key == i or key.startswith(f"{i}.") for i in ignore)
@@ -197,10 +202,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], ignore: Sequen
     return found
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Any:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

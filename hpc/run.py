@@ -18,13 +18,12 @@ import os
 import shutil
 import sys
 import time
-import tomllib
 import traceback
 from pathlib import Path
 from typing import Any
 
 from hpc.checkpoint import check
-from hpc.config import Recipe, differences
+from hpc.config import Recipe, differences, read_toml
 from hpc.shards import MANIFEST, sha256_of, write_json
 
 RECIPE, DATA, SUCCESS, FAILURE, MODEL = "recipe.toml", "data.json", "success", "failure.json", "model.safetensors"
@@ -56,7 +55,7 @@ class RunFolder:
         finished, learned = (self.path / SUCCESS).exists(), any(self.checkpoints.glob("step-*"))
         data = {"fields": fields, "train": _digest(recipe.data.train), "validation": _digest(recipe.data.validation)}
         if (self.path / RECIPE).exists():
-            held = tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+            held = read_toml(self.path / RECIPE)
             changed = differences(held, recipe.to_dict())
             held_data = read_data(self.path)
             other = [k for k in ("train", "validation") if held_data[k] != data[k]]

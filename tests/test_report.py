@@ -279,7 +279,9 @@ def test_the_cause_is_found_where_training_leaves_it(tmp_path):
     from hpc.run import RunFolder
 
     log = Log(tmp_path / "run").start()
-    RunFolder(log.path).fail(1, "node1", "in phase 'read' after step 3", ValueError("shard is torn"))
+    folder = RunFolder(log.path)
+    folder.opened = True
+    folder.fail(1, "node1", "in phase 'read' after step 3", ValueError("shard is torn"))
     text = page_of(log.path).text
     assert "ValueError: shard is torn (rank 1, host node1, in phase 'read' after step 3)" in text
 
