@@ -71,6 +71,16 @@ def thread_level() -> str:
     return names[MPI.Query_thread()]
 
 
+def check_dealing(n_splits: int, ranks: int) -> None:
+    """Raise ValueError if the splits cannot be dealt evenly to the ranks."""
+    if n_splits % ranks:
+        fitting = [k for k in range(1, n_splits + 1) if n_splits % k == 0]
+        raise ValueError(
+            f"splits = {n_splits} cannot be dealt evenly to {ranks} ranks; start one of {fitting} ranks, or set "
+            f"'splits' to a multiple of {ranks}"
+        )
+
+
 class Comm:
     """The ranks of one job, with the splits of the data dealt to them in ascending contiguous runs.
 
@@ -90,13 +100,7 @@ class Comm:
         self.local_size: int = local.Get_size()
         local.Free()
         self.n_splits = self.size if n_splits is None else n_splits
-        if self.n_splits % self.size:
-            fitting = [k for k in range(1, self.n_splits + 1) if self.n_splits % k == 0]
-            error = ValueError(
-                f"splits = {self.n_splits} cannot be dealt evenly to {self.size} ranks; "
-                f"start one of {fitting} ranks, or set 'splits' to a multiple of {self.size}"
-            )
-            raise everywhere(error)
+        check_dealing(self.n_splits, self.size)
 
     @classmethod
     def start(cls) -> Comm:

@@ -19,7 +19,7 @@ from hpc.build import make_job, registry
 from hpc.config import resolve
 from hpc.meter import PHASES, Meter
 from hpc.run import RunFolder
-from hpc.runtime import Device, Watchdog
+from hpc.runtime import Device, StopFlag, Watchdog
 from hpc.train import train
 
 
@@ -63,7 +63,7 @@ def work(spec: dict[str, Any]) -> None:
     recipe = resolve(spec["recipe"], registry())
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
     watchdog = Watchdog(0, f"rank {comm.rank}", comm.abort)
-    made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog)
+    made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog, StopFlag())
     assert made is not None, "a benchmark's run folder is new"
     job, at = made
     hello = {

@@ -111,7 +111,9 @@ def _verify(dataset: Dataset, comm: Comm) -> None:
         dataset.verify(shard)
 
 
-def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog) -> tuple[Job, int] | None:
+def make_job(
+    recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog, stop: StopFlag
+) -> tuple[Job, int] | None:
     """Everything that training needs, and the step to go on from; None if the run is finished already (collective).
 
     Raises ValueError or OSError, saying what to do, for anything that cannot be trained with.
@@ -149,7 +151,7 @@ def make_job(recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdo
 
     strategy.evaluate = validate if rest else None
     job = Job(
-        comm, device, task, model, batches, strategy, schedule, saver, meter, StopFlag().listen(),
+        comm, device, task, model, batches, strategy, schedule, saver, meter, stop,
         validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, data.batch),
         rest[0].rows if rest else 0,
     )
@@ -217,8 +219,10 @@ def _newest(run: RunFolder) -> tuple[str, list[str]]:
 def finished_model(run: Path) -> Path:
     """The model file of a finished run. Raises RunError if the run did not finish, or the model was altered since."""
     if not (run / SUCCESS).exists():
-        state = "did not finish" if (run / RECIPE).exists() else "is not a run folder"
-        raise RunError(f"'{run}' {state} (no '{SUCCESS}' in it); finish it by starting its training command again")
+        if not (run / RECIPE).exists():
+            what = f"no {RECIPE} in it" if run.is_dir() else "there is no such folder"
+            raise RunError(f"'{run}' is not a run folder: {what}")
+        raise RunError(f"'{run}' did not finish (no '{SUCCESS}' in it); start its training command again to finish it")
     if sha256_of(run / MODEL) != json.loads((run / SUCCESS).read_text())["sha256"]:
         raise RunError(f"'{run / MODEL}' was altered since the run ended (SHA-256 differs); copy it from a checkpoint")
     return run / MODEL

@@ -136,6 +136,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe '{path}' does not exist; Trireme's own are in jobs/recipes/") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"'{path}' is a folder, not a recipe file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe '{path}' is not TOML: {error}") from error
 
@@ -227,7 +229,11 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         for part in path[:-1]:
             section = next(f.annotation for n, f in section.model_fields.items() if part in (n, f.alias))
         valid = [f.alias or n for n, f in section.model_fields.items()]
-        return f"unknown recipe key '{key}'; {_nearest(path[-1], valid)}"
+        hint = ""
+        if path[0] in TABLES:  # most often the name was changed, and another name's keys are still there
+            name = section.model_fields["name"].default
+            hint = f"; to change {path[0]}.name, replace the whole table: '{path[0]}={{name=\"{name}\", ...}}'"
+        return f"unknown recipe key '{key}'; {_nearest(path[-1], valid)}{hint}"
     if error["type"] == "missing":
         return f"recipe key '{key}' is missing"
     allowed = error["msg"].removeprefix("Input should be ")

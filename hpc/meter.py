@@ -171,5 +171,5 @@ class Meter:
             frames_per_s=count / training, seconds=seconds, by_rank=by_rank,
         )
         speed = f"{count / training:,.0f} frames/s"
-        self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4f}  {speed}  learning rate {learning_rate:.4g}")
+        self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4g}  {speed}  learning rate {learning_rate:.4g}")
         self._clear()

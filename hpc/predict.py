@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   trireme predict runs/an4 data/an4/test --to h5 --out posteriors
   mpiexec -n 4 python -m mpi4py -m hpc predict runs/an4 data/an4/test --to ark --priors
 
-writes OUT/predictions-RANK.ark with OUT/predictions.scp, or OUT/predictions-RANK.h5 (field 'predictions').
+writes OUT/predictions-RANK.ark with OUT/predictions.scp; or OUT/predictions-RANK.h5 with the utterances' keys [n],
+predictions/values [rows, classes] and predictions/starts [n + 1]: utterance i is values[starts[i]:starts[i + 1]].
 """
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     comm.on_root(lambda: _check(arguments))
     dataset = Dataset(arguments.data, task.fields)
     out = arguments.out or arguments.run / f"predictions-{arguments.data.name}"
-    comm.on_root(lambda: _clear(out))
+    comm.on_root(lambda: _clear(out, arguments.to))
     write = _write_ark if arguments.to == "ark" else _write_h5
     stem = f"predictions-{comm.rank:05d}"
     lines = comm.each(lambda: write(out, stem, predictions(task, model, dataset, comm, device, shift)))
@@ -63,10 +64,12 @@ def _check(arguments: argparse.Namespace) -> None:
     compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 
 
-def _clear(out: Path) -> None:
+def _clear(out: Path, kind: str) -> None:
+    """Remove what an earlier prediction of this kind left, perhaps by more ranks, and nothing else."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("predictions*"):
-        old.unlink()
+    for old in [*out.glob(f"predictions-[0-9][0-9][0-9][0-9][0-9].{kind}"), out / "predictions.scp"]:
+        if old.suffix != ".scp" or kind == "ark":
+            old.unlink(missing_ok=True)
 
 
 def log_priors(labels: dict[str, Any]) -> np.ndarray:

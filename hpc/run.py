@@ -63,7 +63,7 @@ class RunFolder:
             if changed and (finished or learned):
                 raise RunError(
                     f"run folder '{self.path}' holds a run of another recipe ({'; '.join(changed)}); "
-                    f"choose another folder (run=...), or remove it to start over"
+                    f"choose another folder (run=...; init_from={self.path} starts from this model), or remove it"
                 )
         elif self.path.exists() and any(self.path.iterdir()):
             raise RunError(f"'{self.path}' is not empty and not a run folder; choose another one (run=...)")

@@ -128,7 +128,7 @@ def judge(job: Job, at: int) -> bool:
         "validate", step=at, epoch=epoch, frames=frames, learning_rate=rate, verdict=verdict, best=best,
         seconds=meter.totals["validate"] - seconds, **metrics,
     )
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     meter.journal.show(at, f"epoch {epoch:.2f}  validation: {numbers}  -> {verdict}{', best so far' if best else ''}")
     if verdict == "roll back":
         job.saver.wait()

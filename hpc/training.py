@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from collectives.comm import Comm, RootFailed, everywhere
+from collectives.comm import Comm, RootFailed, check_dealing, everywhere
 from collectives.strategy import TrainingFailed
 from hpc.build import finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
 from hpc.config import Recipe, load
 from hpc.run import MODEL, SUCCESS, RunFolder
-from hpc.runtime import PREEMPTED, Device, Watchdog, open_log, versions
+from hpc.runtime import PREEMPTED, Device, StopFlag, Watchdog, open_log, versions
 from hpc.train import Job, train
 
 EXAMPLES = """examples:
@@ -33,18 +33,19 @@ step and exit with code 75.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("recipe", help="a recipe file (TOML); those that come with Trireme are in jobs/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to set")
 
 
 def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Train, resume, or say that the run is finished; the exit code (collective)."""
-    comm.on_root(lambda: _check(load(arguments.recipe, arguments.overrides, registry())))  # one complaint, not K
+    comm.on_root(lambda: _check(load(arguments.recipe, arguments.overrides, registry()), comm))  # one complaint, not K
     recipe = load(arguments.recipe, arguments.overrides, registry())
     return run_recipe(recipe, comm)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, comm: Comm) -> None:
     """Raise ValueError for what a recipe says wrong, before a run folder is made."""
+    check_dealing(recipe.splits, comm.size)
     make_policy(recipe)
     if recipe.init_from:
         finished_model(Path(recipe.init_from))
@@ -53,11 +54,12 @@ def _check(recipe: Recipe) -> None:
 def run_recipe(recipe: Recipe, comm: Comm) -> int:
     """Train a resolved recipe in its run folder; 0, or PREEMPTED if it was asked to stop (collective)."""
     folder = RunFolder(recipe.run)
+    stop = StopFlag().listen()
     open_log(comm.rank, comm.host, None)
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
     watchdog = Watchdog(recipe.log.watchdog, f"rank {comm.rank} on {comm.host}", comm.abort)
     try:
-        made = make_job(recipe, comm, device, folder, watchdog)
+        made = make_job(recipe, comm, device, folder, watchdog, stop)
         if made is None:
             comm.on_root(lambda: print(f"{folder.path} is finished ({SUCCESS} is there); nothing to do"))
             return 0

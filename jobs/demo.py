@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def run(given: list[str], data: Path, run_folder: Path, ranks: int) -> dict[str,
     """The whole job; what `show` prints."""
     if given:
         tag = hashlib.sha256(" ".join(given).encode()).hexdigest()[:8]  # other voices, another data set and run
+        given = [f"{name}={Path(place).expanduser()}" for name, _, place in (word.partition("=") for word in given)]
         sources, prepared, run_folder = given, data / f"own-{tag}", run_folder.with_name(f"{run_folder.name}-{tag}")
     else:
         voices = fetch_voices(data / "voices")
@@ -129,7 +131,7 @@ def show(result: dict[str, object]) -> None:
     success = json.loads((run_folder / "success").read_text())
     table = Table(title="Which voice speaks? Frames of utterances never trained on")
     table.add_column("")
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", overflow="fold")
     table.add_row("frames named correctly", f"[bold]{float(str(result['frame_accuracy'])):.1%}[/bold]")
     table.add_row("always naming the majority class", f"{float(str(result['majority'])):.1%}")
     table.add_row("frames trained on", f"{success['frames']:,}")
@@ -138,7 +140,7 @@ def show(result: dict[str, object]) -> None:
         ("model", "model.safetensors"), ("picture", "report.png"), ("page", "report.html"),
         ("log", "metrics.jsonl"), ("recipe", "recipe.toml"),
     ):
-        table.add_row(name, str(run_folder / file), style="dim" if name == "recipe" else "")
+        table.add_row(name, os.path.relpath(run_folder / file), style="dim" if name == "recipe" else "")
     Console().print(table)
     print(json.dumps(result), flush=True)
 

@@ -94,6 +94,8 @@ class Frames:
         self.mean = torch.tensor(data["features"]["mean"], dtype=torch.float32)
         self.deviation = torch.tensor(data["features"]["std"], dtype=torch.float32)
         self.classes: int = data["labels"]["classes"]
+        if self.classes < 2:
+            raise ValueError(f"the data set has {self.classes} class, nothing to tell apart; prepare at least two")
         self.offsets = torch.arange(-context, context + 1)
 
     def model(self, generator: torch.Generator) -> torch.nn.Module:

@@ -42,7 +42,16 @@ def test_predict_writes_scaled_log_likelihoods_for_kaldi(trireme, finished, tmp_
     common = ("predict", finished / "run", finished / "validation")
     trireme(*common, "--to", "ark", "--priors", "--out", tmp_path / "scaled", ranks=ranks)
     trireme(*common, "--to", "ark", "--out", tmp_path / "plain", ranks=ranks)
+    (tmp_path / "h5").mkdir()
+    for mine in ("predictions-mine.h5", "predictions.txt"):
+        (tmp_path / "h5" / mine).write_text("precious")
+    (tmp_path / "h5/predictions-00007.h5").write_text("of an earlier prediction by more ranks")
+    trireme(*common, "--to", "ark", "--out", tmp_path / "h5")
     trireme(*common, "--to", "h5", "--out", tmp_path / "h5", ranks=ranks)
+    left = {p.name for p in (tmp_path / "h5").iterdir()}
+    assert {"predictions-mine.h5", "predictions.txt", "predictions.scp", "predictions-00000.ark"} <= left
+    assert "predictions-00007.h5" not in left
+    (tmp_path / "h5/predictions-mine.h5").unlink()
     data = Dataset(finished / "validation")
     keys = data.keys()
     scaled = kaldiio.load_scp(str(tmp_path / "scaled/predictions.scp"))

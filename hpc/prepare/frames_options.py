@@ -21,7 +21,8 @@ ABOUT = """Write data sets of frames with labels to OUT/train and OUT/validation
 folder labels every frame), from Kaldi (features by scp, alignments), or from Sphinx (.mfc files, label lines).
 
 Everything is checked on the way; what cannot be trained on is an error that names the utterance. An interrupted
-preparation is continued by the same command. Several ranks share the work: mpiexec -n 4 trireme prepare frames ..."""
+preparation is continued by the same command. Several ranks share the work:
+mpiexec -n 4 python -m mpi4py -m hpc prepare frames ..."""
 
 EXAMPLES = """examples:
 
