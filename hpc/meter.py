@@ -113,7 +113,7 @@ class Meter:
     ):
         self.comm, self.journal, self.watchdog = comm, journal, watchdog
         self.every, self.progress = every, progress
-        self.at = 0
+        self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
         self._clear()
 
@@ -144,13 +144,13 @@ class Meter:
 
     def turn(self, at: int, learning_rate: float) -> None:
         """A turn is done; every `every` steps the ranks' counts are joined and recorded (collective then)."""
-        before, self.at = self.at, at
+        before, self.at, self._rate = self.at, at, learning_rate
         if at // self.every != before // self.every:
             self._record(at, learning_rate)
 
-    def finish(self, learning_rate: float) -> None:
+    def finish(self) -> None:
         """The end of training: record what came after the last record (collective)."""
-        self._record(self.at, learning_rate)
+        self._record(self.at, self._rate)
 
     def _record(self, at: int, learning_rate: float) -> None:
         seconds = time.perf_counter() - self._since

@@ -86,7 +86,7 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
     comm.settle()
     with meter("checkpoint"):
         job.saver.close()
-    meter.finish(schedule.rate(at).learning_rate)
+    meter.finish()
     return bool(schedule.stopped) or at >= schedule.steps
 
 
