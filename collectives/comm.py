@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -284,6 +285,7 @@ class Comm:
             return self.finish()
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(1.0)  # the launcher passes on what was said last, before it hears of the abort and ends everything
         MPI.COMM_WORLD.Abort(code)
 
 
