@@ -24,7 +24,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit("Trireme needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@if [ -n "$(CHOSEN)" ] && [ "$(CHOSEN)" != "$(MPI)" ]; then \
 	  echo "$(VENV) was set up with MPI=$(CHOSEN); two MPI libraries do not go together. Run: rm -rf $(VENV); make setup MPI=$(MPI)"; exit 1; fi

@@ -1,126 +1,216 @@
-"""Synchronous data-parallel SGD: owner-sums reduce-scatter, update on the owner, all-gather of the weights.
+"""Synchronous data-parallel SGD: every rank sums and updates its own pieces of the model, bucket by bucket.
 
-Every rank is the owner of one slice of the parameters. It receives that slice of its peers' partial gradient sums,
-adds them in the fixed tree over splits, divides by the batch size, applies the update rule to its slice, and the new
-weights are gathered. Source: paper 002, equations (1) and (2) and section 3.1 (the O(1) aggregation, here without
-quantization). Departure: the sum of equation (2) is divided by the recipe's batch size N, so that the learning rate
-(the paper's epsilon times N) does not change with it.
+Gradients are written by backward into memory that the ranks of a host share; the owner of a piece adds what its peers
+hold of it in the fixed tree over splits, divides by the batch size, applies the update rule, and writes the new weights
+where all of them read them (`exchange.py`). A bucket is exchanged and updated as soon as backward has filled it on all
+ranks: its weights have done their part in this step by then. Source: paper 002, equations (1) and (2) and section 3.1
+(the O(1) aggregation, here without quantization). Departure: the sum of equation (2) is divided by the recipe's batch
+size N, so that the learning rate (the paper's epsilon times N) does not change with it.
 
-Legend: P parameters (padded), S floats of this rank's slice, K ranks.
+Legend: P parameters (padded), S floats that this rank owns.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from annotated_types import Ge
 
+from collectives.choice import Candidate, candidates, choose, where_of
 from collectives.comm import Comm
+from collectives.exchange import Exchange
+from collectives.layout import Layout
+from collectives.leaves import Leaves
+from collectives.plan import Plan
 from collectives.strategy import Joined, Rule, State, Strategy, TrainingFailed, Weights
-from collectives.tree import Node, combine, is_node, nodes_within
 
-NORM_GROUP = 1024  # floats a group of the gradient norm; slices end at multiples of it, whatever the ranks
+NORM_GROUP = 1024  # floats a group of the gradient norm; pieces end at multiples of it, whatever the ranks
+MIB = 1 << 20
 
 
 class AllReduce(Strategy):
     """Every step's gradient is the sum over all splits, and every rank continues from the same weights.
 
-    clip_norm  the global gradient norm above which the gradient is scaled down to it; 0: never
+    clip_norm   the global gradient norm above which the gradient is scaled down to it; 0: never
+    algorithm   how sums cross between hosts: "owners", "everyone" (short messages), "ring", "auto" (the fastest by a
+                short measurement that keeps the same bits for any number of ranks), "fastest" (the ring too, which
+                does not promise that)
+    bucket_mib  MiB of gradient that are exchanged at a time; 0: by measurement
+    wire        the type in which gradients and what weights grow by cross between hosts; sums are float32. The narrow
+                ones round every partial sum, so they are part of what is learned
+    overlap     whether buckets are exchanged while backward still runs: "on" (on a thread where there are several
+                hosts), or "off"
     """
 
-    def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: int, *, clip_norm: Annotated[float, Ge(0)] = 0.0):
+    shares_weights = True
+    operational = ("bucket_mib", "overlap")
+
+    def __init__(
+        self,
+        comm: Comm,
+        flat: Weights,
+        rule: Rule,
+        batch: int,
+        *,
+        clip_norm: Annotated[float, Ge(0)] = 0.0,
+        algorithm: Literal["auto", "fastest", "owners", "everyone", "ring"] = "auto",
+        bucket_mib: Annotated[float, Ge(0)] = 0.0,
+        wire: Literal["float32", "bfloat16", "float16"] = "float32",
+        overlap: Literal["on", "off"] = "on",
+    ):
         super().__init__(comm, flat, rule, batch)
         self.clip_norm = clip_norm
+        self.asked = (algorithm, int(bucket_mib * MIB), wire)
+        self.overlap = overlap == "on"
         self.updates = 0
-        self.bounds = flat.bounds(comm.size)
-        self.low, self.high = self.bounds[comm.rank], self.bounds[comm.rank + 1]
-        self.slots = {name: self._zeros(self.high - self.low) for name in rule.slots}
-        self.root: Node = (0, comm.n_splits)
-        self.partials: list[tuple[Node, torch.Tensor]] = []  # a binary counter: one buffer a level of the tree
-        self.free: list[torch.Tensor] = []
-        self.inbox: dict[Node, torch.Tensor] = {}
-        self.count = 0
+        self.leaves = Leaves(comm, flat.size, wire)
+        self.results = comm.results(flat.weights)
+        self.scale = 1.0 / batch
+        self.filled: list[int] = []  # buckets in the order in which this rank's first backward filled them
+        self.followed = False
+        self.last = comm.splits[-1]
+        self.watching = False
 
-    def _zeros(self, count: int) -> torch.Tensor:
-        return self.comm.zeros(count, self.flat.weights.device)
+    def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
+        comm, (algorithm, bucket, wire) = self.comm, self.asked
+        size = 4 * self.flat.size
+        found = candidates(algorithm, bucket, size, len(comm.islands), comm.size)
+        where = where_of(comm, size, wire, self.flat.weights.device)
+        choice, self.exchange = choose(comm, self._exchange, found, where, remembered)
+        self.exchange.apply, self.exchange.note = self._apply, self._noted
+        layout = self.exchange.plan.layout
+        self.pieces = layout.owned(comm.rank)
+        owned = sum(high - low for low, high in self.pieces)
+        self.slots = {name: comm.zeros(owned, self.flat.weights.device) for name in self.rule.slots}
+        blocks = sorted(b.low for work in self.exchange.plan.work for own in work.own for b in own.blocks)
+        self.places = {low: self._place(low) for low in blocks}  # of a block, where it begins in a slot
+        self.needs = [self.flat.within(*bucket) for bucket in layout.buckets]
+        self.buckets_of = [
+            [b for b, needed in enumerate(self.needs) if number in needed] for number in range(len(self.flat.names))
+        ]
+        if self.overlap:
+            self.flat.on_grad(self._grad_is_final)
+        return choice.to_dict() | {"said": str(choice)}
+
+    def _place(self, low: int) -> int:
+        before = 0
+        for first, last in self.pieces:
+            if first <= low < last:
+                return before + low - first
+            before += last - first
+        raise AssertionError(f"float {low} is not owned here")
+
+    def _exchange(self, candidate: Candidate) -> Exchange:
+        comm = self.comm
+        everyone = candidate.algorithm == "everyone"
+        layout = Layout(self.flat.size, comm.islands, candidate.bucket // 4, everyone)
+        plan = Plan(
+            self.leaves, self.results, self.flat.weights, layout,
+            algorithm="ring" if candidate.algorithm == "ring" else "owners",
+            totals="kept" if self.clip_norm else "scratch",
+        )
+        return Exchange(
+            comm, self.flat.weights, plan, apply=lambda total, low: None, deferred=self.clip_norm > 0,
+            threaded=self.overlap and len(comm.islands) > 1,
+        )
+
+    def _noted(self, name: str, begin_ns: int, end_ns: int) -> None:
+        self.note(name, begin_ns, end_ns)
+
+    # -- the turn ---------------------------------------------------------------------------------------------------
 
     def enter(self, split: int) -> None:
-        grads = self.free.pop() if self.free else self._zeros(self.flat.size)
-        grads.zero_()
-        self.flat.bind_grads(grads)
-        self.partials.append(((split, split + 1), grads))
+        self.flat.bind_grads(self.exchange.enter(split))
+        if split == self.last:
+            self.left = [len(needed) for needed in self.needs]
+            self.seen = [False] * len(self.buckets_of)
+            self.watching = self.overlap
+
+    def _grad_is_final(self, parameter: int) -> None:
+        """Told by backward; buckets that need nothing else set out now, if this is the turn's last backward."""
+        if not self.watching:
+            return
+        if self.seen[parameter]:
+            raise RuntimeError(
+                f"parameter {self.flat.names[parameter]} got a second gradient in one backward, after the first was "
+                "handed over; set strategy.overlap = 'off' for this model"
+            )
+        self.seen[parameter] = True
+        for bucket in self.buckets_of[parameter]:
+            self.left[bucket] -= 1
+            if not self.left[bucket]:
+                self.exchange.full(bucket)
+                if not self.followed:
+                    self.filled.append(bucket)
+        if not self.exchange.threaded:
+            self.exchange.poll()
 
     def step(self, split: int, count: int) -> None:
-        self.count += count
-        while len(self.partials) > 1:
-            (left, kept), (right, added) = self.partials[-2:]
-            if left[1] != right[0] or not is_node((left[0], right[1]), self.root):
-                break
-            kept.add_(added)
-            self.free.append(added)
-            self.partials[-2:] = [((left[0], right[1]), kept)]
+        self.watching = False
+        self.exchange.stepped(split, count)
 
     def advance(self, n: int) -> None:
-        count = int(self.comm.sum_counts(self.count))
-        self.count = 0
-        if count:
-            mine = slice(self.low, self.high)
-            grad = self._reduce_scatter()
-            self._check(grad, count)
-            grad.mul_(self._scale(grad))
-            self.rule(self.flat.weights[mine], grad, self.slots, self.rate, self.updates)
-            self.updates += 1
-            self.comm.share_slices_(self.flat.weights, self.bounds)
-        self.free += [buffer for _, buffer in self.partials]
-        self.partials = []
+        learned = self.exchange.finish()
+        if learned and self.clip_norm:
+            self.scale = self._clipped() / self.batch
+        if self.clip_norm:
+            self.exchange.share()
+        self.active_s = self.exchange.active_s
+        self.updates += learned
+        if learned and not self.followed:
+            self._follow_backward()
 
-    def _reduce_scatter(self) -> torch.Tensor:
-        """This rank's slice [S] of the gradient sum over all splits, added in the fixed tree."""
-        comm, bounds = self.comm, self.bounds
-        peers = [k for k in range(comm.size) if k != comm.rank]
-        sends = [(grads[bounds[k] : bounds[k + 1]], k) for k in peers for _, grads in self.partials]
-        parts = {node: grads[self.low : self.high] for node, grads in self.partials}
-        receives = []
-        for k in peers:
-            for node in nodes_within(comm.splits_of(k), self.root):
-                if node not in self.inbox:
-                    self.inbox[node] = self._zeros(self.high - self.low)
-                receives.append((self.inbox[node], k))
-                parts[node] = self.inbox[node]
-        comm.exchange(sends, receives)
-        return combine(self.root, parts, torch.Tensor.add_)
+    def _follow_backward(self) -> None:
+        """From now on buckets set out in the order in which rank 0 filled them."""
+        rest = [bucket for bucket in self.exchange.order if bucket not in self.filled]
+        self.exchange.order = self.comm.on_root(lambda: self.filled + rest)
+        self.followed = True
 
-    def _scale(self, grad: torch.Tensor) -> float:
-        """What turns the sum into the clipped mean; the norm is summed in fixed groups (collective)."""
-        if not self.clip_norm:
-            return 1.0 / self.batch
-        groups = np.zeros(self.flat.size // NORM_GROUP)
-        edges = [b // NORM_GROUP for b in self.bounds]
-        squares = grad.view(-1, NORM_GROUP).double().square_().sum(1)
-        groups[edges[self.comm.rank] : edges[self.comm.rank + 1]] = squares.cpu().numpy()
-        whole = torch.from_numpy(groups)
-        self.comm.share_slices_(whole, edges)
-        norm = math.sqrt(math.fsum(whole.tolist())) / self.batch  # fsum is exact: no order to agree on
-        return min(1.0, self.clip_norm / norm if norm else 1.0) / self.batch
+    def _apply(self, total: torch.Tensor, low: int) -> None:
+        """New weights of the block that begins at `low`, from its gradient sum, which is overwritten."""
+        self._check(total, low)
+        total.mul_(self.scale)
+        at = self.places[low]
+        mine = slice(at, at + len(total))
+        slots = {name: slot[mine] for name, slot in self.slots.items()}
+        self.rule(self.flat.weights[low : low + len(total)], total, slots, self.rate, self.updates)
 
-    def _check(self, grad: torch.Tensor, count: int) -> None:
+    def _clipped(self) -> float:
+        """The factor that clips the mean gradient; its norm is summed in fixed groups (collective)."""
+        mine = [block.total for work in self.exchange.plan.work for own in work.own for block in own.blocks]
+        if self.exchange.plan.layout.everyone and self.comm.island:
+            mine = []  # the first island has all groups
+        squares = [total.view(-1, NORM_GROUP).double().square_().sum(1).cpu().numpy() for total in mine]
+        everyone = self.comm.all_values(np.concatenate([np.empty(0), *squares]))
+        norm = math.sqrt(math.fsum(everyone.tolist())) / self.batch  # fsum is exact: no order to agree on
+        return min(1.0, self.clip_norm / norm if norm else 1.0)
+
+    def _check(self, total: torch.Tensor, low: int) -> None:
         """Raise TrainingFailed if the summed gradient is not finite, naming the parameter."""
-        if not torch.isfinite(grad.sum()):
-            bad = torch.nonzero(~torch.isfinite(grad))
-            where = self.flat.name_at(self.low + int(bad[0])) if len(bad) else "the sum over parameters"
+        if not torch.isfinite(total.sum()):
+            bad = torch.nonzero(~torch.isfinite(total))
+            where = self.flat.name_at(low + int(bad[0])) if len(bad) else "the sum over parameters"
             raise TrainingFailed(
                 f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, parameter {where}, "
-                f"{len(bad)} values, {count} frames); lower optim.learning_rate or set strategy.clip_norm"
+                f"{len(bad)} values); lower optim.learning_rate or set strategy.clip_norm"
             )
 
+    def waiting_for(self) -> str:
+        return self.exchange.waiting_for()
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
     def state(self) -> State:
-        return State(low=self.low, slices=dict(self.slots), common={"updates": self.updates})
+        return State(pieces=self.pieces, slices=dict(self.slots), common={"updates": self.updates})
 
     def restore(self, joined: Joined) -> None:
         joined.weights_into(self.flat.weights)
         self.updates = joined.common["updates"]
         for name, slot in self.slots.items():
-            slot.copy_(joined.slice(name, self.low, self.high))
+            at = 0
+            for low, high in self.pieces:
+                slot[at : at + high - low].copy_(joined.slice(name, low, high))
+                at += high - low

@@ -1,8 +1,8 @@
 """Comm: the ranks of a job and what they send each other. The only place that imports mpi4py.
 
 A Comm knows which splits its rank holds, and it is passed in, never global. A world of one rank is ordinary MPI: no
-other file branches on rank or size. Device tensors are staged through host memory (a CUDA-aware path comes with the
-all-reduce at the speed of memory); small records travel as JSON, so no code is ever unpickled.
+other file branches on rank or size. Ranks that see each other's memory form an island: on CPUs, those of a host. Small
+records travel as JSON, so no code is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
-# What each launcher promises its ranks. SLURM_STEP_NUM_TASKS is set inside srun's steps only, not in a batch script.
-PROMISES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+from collectives.launch import LaunchError, check_dealing, check_world_size
+from kernels.window import LINE, Flags
+
+__all__ = ["Comm", "LaunchError", "Message", "RootFailed", "check_dealing", "everywhere"]
+
+PAGE = 4096
+_NOTHING = np.empty(0, np.uint8)
 
 
 class RootFailed(RuntimeError):
@@ -33,29 +39,6 @@ def everywhere(error: BaseException) -> BaseException:
     """Mark an error as raised on all ranks at once: nobody waits, so the job can end without an abort."""
     error.raised_everywhere = True  # type: ignore[attr-defined]
     return error
-
-
-class LaunchError(RuntimeError):
-    """The ranks that were started are not the ranks that MPI sees."""
-
-
-def promised_size(environment: Mapping[str, str]) -> int | None:
-    """How many ranks the launcher says it started, or None if no launcher is known to have started this process."""
-    found = [int(environment[name]) for name in PROMISES if environment.get(name, "").isdigit()]
-    return max(found) if found else None
-
-
-def check_world_size(size: int, environment: Mapping[str, str]) -> None:
-    """Raise LaunchError if the launcher promised another number of ranks than MPI reports.
-
-    One MPI's mpiexec with another's library gives several worlds of one rank, each of which believes it is rank 0.
-    """
-    promised = promised_size(environment)
-    if promised is not None and promised != size:
-        raise LaunchError(
-            f"the launcher started {promised} ranks, but MPI sees a world of {size}: mpiexec and the MPI library "
-            f"({mpi_library()}) do not match; use that library's own mpiexec ('trireme doctor' shows both)"
-        )
 
 
 def mpi_library() -> str:
@@ -72,46 +55,53 @@ def thread_level() -> str:
     return names[MPI.Query_thread()]
 
 
-def check_dealing(n_splits: int, ranks: int) -> None:
-    """Raise ValueError if the splits cannot be dealt evenly to the ranks."""
-    if n_splits % ranks:
-        fitting = [k for k in range(1, n_splits + 1) if n_splits % k == 0]
-        raise ValueError(
-            f"splits = {n_splits} cannot be dealt evenly to {ranks} ranks; start one of {fitting} ranks, or set "
-            f"'splits' to a multiple of {ranks}"
-        )
-
-
 class Comm:
     """The ranks of one job, with the splits of the data dealt to them in ascending contiguous runs.
 
     n_splits  how many splits the recipe has; the number of ranks must divide it
+    islands   which ranks share memory, island by island; None: those of a host
     """
 
-    def __init__(self, n_splits: int | None = None, world: Any = None):
+    def __init__(self, n_splits: int | None = None, world: Any = None, islands: list[list[int]] | None = None):
         self._world = MPI.COMM_WORLD.Dup() if world is None else world
         self._agreeing = self._world.Dup()
-        self._stages: dict[Any, torch.Tensor] = {}
+        self._messages = self._world.Dup()
+        self._windows: list[Any] = []
+        self._commons: set[int] = set()
         self._pending: tuple[Any, np.ndarray] | None = None
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
         self.host = socket.gethostname()
-        local = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank: int = local.Get_rank()
-        self.local_size: int = local.Get_size()
-        local.Free()
+        self._local: Any = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank: int = self._local.Get_rank()
+        self.local_size: int = self._local.Get_size()
+        if islands is not None:
+            island = next(i for i, ranks in enumerate(islands) if self.rank in ranks)
+            self._local = self._world.Split(island, self.rank)
+        first = np.array([self.rank], np.int64)
+        self._local.Bcast(first)
+        met = self.gather([int(first[0]), os.getpid(), self.host])
+        self.hosts: list[str] = [host for _, _, host in met]  # by rank
+        self._pids: list[int] = [pid for _, pid, _ in met]
+        firsts = [found for found, _, _ in met]
+        self.islands: list[list[int]] = [[r for r in range(self.size) if firsts[r] == f] for f in sorted(set(firsts))]
+        self.island = next(i for i, ranks in enumerate(self.islands) if self.rank in ranks)
         self.n_splits = self.size if n_splits is None else n_splits
         check_dealing(self.n_splits, self.size)
 
     @classmethod
     def start(cls) -> Comm:
         """The world this process was started into. Raises LaunchError if launcher and library do not match."""
-        check_world_size(MPI.COMM_WORLD.Get_size(), os.environ)
+        check_world_size(MPI.COMM_WORLD.Get_size(), os.environ, mpi_library())
         return cls()
 
     def with_splits(self, n_splits: int) -> Comm:
         """The same ranks, holding `n_splits` splits. Raises ValueError if the ranks do not divide them."""
-        return Comm(n_splits, self._world)
+        return Comm(n_splits, self._world, self.islands)
+
+    def with_islands(self, islands: list[list[int]]) -> Comm:
+        """The same ranks and splits, of which only those of an island use each other's memory (collective)."""
+        return Comm(self.n_splits, self._world, islands)
 
     # -- who holds what ---------------------------------------------------------------------------------------------
 
@@ -139,9 +129,83 @@ class Comm:
 
     # -- storage ----------------------------------------------------------------------------------------------------
 
+    @property
+    def neighbours(self) -> list[int]:
+        """The ranks of this rank's island, ascending, itself among them."""
+        return self.islands[self.island]
+
     def zeros(self, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A flat buffer [count] of zeros where this Comm wants weights and gradients to live (private memory)."""
+        """A flat buffer [count] of zeros in memory of this rank's own."""
         return torch.zeros(count, dtype=dtype, device=device)
+
+    def window(self, count: int) -> list[torch.Tensor]:
+        """Zeroed float32 buffers [count] of all neighbours, in their order, each seen by all (collective)."""
+        parts, _ = self._shared(4 * count, 4 * count)
+        parts[self.neighbours.index(self.rank)].zero_()  # by its owner, so that it lies in memory near to it
+        return [part.view(torch.float32) for part in parts]
+
+    def common(self, count: int) -> torch.Tensor:
+        """One zeroed float32 buffer [count] that is the same memory for all neighbours (collective)."""
+        buffer = self._first_shared(4 * count)[0].view(torch.float32)
+        self._commons.add(buffer.data_ptr())
+        return buffer
+
+    def is_common(self, tensor: torch.Tensor) -> bool:
+        """Whether what one neighbour writes into this tensor is there for the others: it came from `common`."""
+        return len(self.neighbours) == 1 or tensor.data_ptr() in self._commons
+
+    def results(self, weights: torch.Tensor) -> list[torch.Tensor]:
+        """Where each neighbour puts new weights [P] for all to see: where they are, if all see them (collective)."""
+        common = weights if self.is_common(weights) else self.common(len(weights))
+        return [common] * len(self.neighbours)
+
+    def flags(self, count: int) -> Flags:
+        """So many flags of every neighbour, in their order (collective)."""
+        buffer, fence = self._first_shared(4 * LINE * count * len(self.neighbours))
+        return Flags(buffer.numpy().view(np.uint32).reshape(-1, count, LINE), fence)
+
+    def _first_shared(self, size: int) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Zeroed bytes [size] in the first neighbour's memory, seen by all of them."""
+        first = self.neighbours[0] == self.rank
+        parts, fence = self._shared(size if first else 0, size)
+        if first:
+            parts[0].zero_()
+        fence()
+        self._local.Barrier()
+        fence()
+        return parts[0], fence
+
+    def _shared(self, mine: int, size: int) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Bytes of all neighbours, in memory that all of them see, and the fence for it.
+
+        mine  how many bytes this rank gives
+        size  how many those give that give any
+        """
+        if len(self.neighbours) == 1:
+            return [torch.empty(size, dtype=torch.uint8)], lambda: None
+        info = MPI.Info.Create()
+        info.Set("alloc_shared_noncontig", "true")
+        window = MPI.Win.Allocate_shared(-(-mine // PAGE) * PAGE, 1, info, self._local)
+        info.Free()
+        self._windows.append(window)  # kept until the process ends: tensors point into it
+        parts = [window.Shared_query(k)[0] for k in range(len(self.neighbours))]
+        window.Lock_all()
+        empty = torch.empty(0, dtype=torch.uint8)
+        return [torch.frombuffer(p, dtype=torch.uint8)[:size] if len(p) else empty for p in parts], window.Sync
+
+    def alive(self, rank: int) -> bool:
+        """Whether a neighbour's process still runs; True for ranks elsewhere, of which one cannot know."""
+        if rank not in self.neighbours:
+            return True
+        try:
+            status = Path(f"/proc/{self._pids[rank]}/stat").read_text()
+        except OSError:
+            return not Path("/proc/self/stat").exists()  # where there is no /proc nothing is known
+        return status.rpartition(")")[2].split()[0] not in "ZX"
+
+    def name_of(self, rank: int) -> str:
+        """A rank and where it is, for messages: "rank 3 on node7"."""
+        return f"rank {rank} on {self.hosts[rank]}"
 
     # -- small records ----------------------------------------------------------------------------------------------
 
@@ -227,44 +291,24 @@ class Comm:
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
-    def exchange(
-        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]
-    ) -> None:
-        """Send contiguous tensors to ranks and fill others from ranks; messages between two ranks keep their order.
+    def sending(self, tensor: torch.Tensor, to: int, tag: int) -> Message:
+        """A message that will carry a contiguous tensor's values to a rank, as often as it is started."""
+        full = self._messages.Send_init(_buffer(tensor), to, tag)
+        empty = self._messages.Send_init([_NOTHING, 0, MPI.BYTE], to, tag)
+        return Message(to, full, empty, MPI.Status())
 
-        sends     (tensor, to rank); a tensor sent to oneself is an error of the caller
-        receives  (tensor to fill in place, from rank)
-        """
-        requests, fills = [], []
-        for tensor, source in receives:
-            host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
-            fills.append((tensor, host))
-            requests.append(self._world.Irecv(_buffer(host), source))
-        staged = [(tensor.cpu(), target) for tensor, target in sends]  # .cpu() copies nothing that is there already
-        requests += [self._world.Isend(_buffer(host), target) for host, target in staged]
-        MPI.Request.Waitall(requests)
-        for tensor, host in fills:
-            if host is not tensor:
-                tensor.copy_(host)
+    def receiving(self, tensor: torch.Tensor, source: int, tag: int) -> Message:
+        """A message that will fill a contiguous tensor with a rank's values, or leave it, if an empty one comes."""
+        return Message(source, self._messages.Recv_init(_buffer(tensor), source, tag), None, MPI.Status())
 
-    def share_slices_(self, flat: torch.Tensor, bounds: Sequence[int]) -> None:
-        """All-gather in place: rank k's slice `flat[bounds[k]:bounds[k + 1]]` goes to every rank (collective)."""
-        host = flat if flat.device.type == "cpu" else self._pinned(flat)
-        if host is not flat:
-            mine = slice(bounds[self.rank], bounds[self.rank + 1])
-            host[mine].copy_(flat[mine])
-        counts = np.diff(np.asarray(bounds)) * host.element_size()
-        starts = np.asarray(bounds[:-1]) * host.element_size()
-        self._world.Allgatherv(MPI.IN_PLACE, [host.view(torch.uint8).numpy(), (counts, starts), MPI.BYTE])
-        if host is not flat:
-            flat.copy_(host)
-
-    def _pinned(self, like: torch.Tensor) -> torch.Tensor:
-        """A pinned host buffer of a device tensor's size, kept for the next time."""
-        key = (like.numel(), like.dtype)
-        if key not in self._stages:
-            self._stages[key] = torch.empty_like(like, device="cpu", pin_memory=True)
-        return self._stages[key]
+    def all_values(self, mine: np.ndarray) -> np.ndarray:
+        """Every rank's float64 values, in rank order (collective)."""
+        mine = np.ascontiguousarray(mine, np.float64)
+        sizes = np.empty(self.size, np.int64)
+        self._world.Allgather(np.array([len(mine)], np.int64), sizes)
+        everyone = np.empty(int(sizes.sum()))
+        self._world.Allgatherv(mine, (everyone, sizes))
+        return everyone
 
     def from_root_(self, flat: torch.Tensor) -> None:
         """Overwrite `flat` with rank 0's on every rank, in place (collective)."""
@@ -287,6 +331,34 @@ class Comm:
         sys.stderr.flush()
         time.sleep(1.0)  # the launcher passes on what was said last, before it hears of the abort and ends everything
         MPI.COMM_WORLD.Abort(code)
+
+
+class Message:
+    """A message between two ranks, prepared once and started every turn.
+
+    peer      the other rank
+    received  bytes that came, after `arrived` was true: 0 for an empty message
+    """
+
+    def __init__(self, peer: int, full: Any, empty: Any, status: Any):
+        self.peer, self._full, self._empty, self._status = peer, full, empty, status
+        self._under_way: Any = None
+        self.received = 0
+
+    def start(self, empty: bool = False) -> None:
+        """Set out; `empty`: without the tensor's values (a sender's choice)."""
+        self._under_way = self._empty if empty else self._full
+        self._under_way.Start()
+
+    def arrived(self) -> bool:
+        """Whether it is through: what was sent may be changed, what was awaited is there."""
+        if self._under_way is None:
+            return True
+        if not self._under_way.Test(self._status):
+            return False
+        self._under_way = None
+        self.received = self._status.Get_count(MPI.BYTE) if self._empty is None else 0
+        return True
 
 
 def _buffer(host: torch.Tensor) -> list[Any]:

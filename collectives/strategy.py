@@ -3,7 +3,7 @@
 The training loop calls `enter / step / leave` for every split a rank holds and `advance` once a turn; the strategy
 calls the update rule where its paper wants it. Design, section 2.
 
-Legend: P parameters (padded), S floats of this rank's slice.
+Legend: P parameters (padded), S floats that this rank owns.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class Weights(Protocol):
 
     weights: torch.Tensor
     size: int
+    names: list[str]
 
     def bind_grads(self, grads: torch.Tensor) -> None: ...
-    def bounds(self, ranks: int) -> list[int]: ...
+    def on_grad(self, told: Callable[[int], None]) -> None: ...
+    def within(self, low: int, high: int) -> range: ...
     def name_at(self, index: int) -> str: ...
 
 
@@ -53,13 +55,13 @@ class Rule(Protocol):
 class State:
     """What a strategy must keep beside the weights, in the three kinds that let another number of ranks resume.
 
-    low      first float of the owned slice
+    pieces   the floats [low, high) that this rank owns, ascending; S is their number
     slices   name -> [S], joined over ranks into a [P] and cut anew on restore
     splits   split -> name -> tensor, for the splits this rank holds
     common   JSON values, the same on every rank
     """
 
-    low: int = 0
+    pieces: list[tuple[int, int]] = field(default_factory=list)
     slices: dict[str, torch.Tensor] = field(default_factory=dict)
     splits: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
@@ -86,10 +88,30 @@ class Strategy:
     """
 
     rate: Rate
+    shares_weights = False  # whether the ranks of an island may all compute on one buffer of weights (`Comm.common`)
+    operational: tuple[str, ...] = ()  # options that do not change what is learned
 
     def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: int):
         self.comm, self.flat, self.rule, self.batch = comm, flat, rule, batch
         self.evaluate: Callable[[], dict[str, float]] | None = None  # for strategies that judge models; set by build.py
+        # Told of every part of an exchange, from any thread: its name ("bucket 3 reduce"), begin and end in
+        # time.monotonic_ns(); set by build.py.
+        self.note: Callable[[str, int, int], None] = lambda name, begin_ns, end_ns: None
+        # Seconds so far in which an exchange was under way on this rank, hidden behind computing or not.
+        self.active_s: float = 0.0
+
+    def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Settle how to exchange, once, before anything else (collective).
+
+        remembered  what an earlier call returned, for the same run, or None
+
+        Returns JSON values that say what was settled, "said" being a line for the log; {} where there is no choice.
+        """
+        return {}
+
+    def waiting_for(self) -> str:
+        """Which rank and which part of an exchange this rank waits for right now, or ""; from any thread."""
+        return ""
 
     def begin(self) -> None:
         """A fresh run starts from the weights in `flat` (collective). A resumed run calls `restore` instead."""

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   trireme train jobs/recipes/demo.toml                        train on one rank
   mpiexec -n 4 python -m mpi4py -m hpc train jobs/recipes/demo.toml optim.learning_rate=0.05
   trireme report runs/demo                                    a picture and a page
+  trireme trace runs/demo                                     what every rank did when, for a few turns
   trireme evaluate runs/demo data/demo/validation
 
 Every command explains itself: trireme COMMAND --help
@@ -34,6 +35,7 @@ COMMANDS = {
     "evaluate": Command("measure a finished run's model on a data set", "hpc.scoring", True),
     "predict": Command("write a finished run's outputs for a data set (Kaldi ark or HDF5)", "hpc.predict", True),
     "report": Command("draw a run: a picture and one self-contained page", "hpc.report", False),
+    "trace": Command("draw when each rank read, computed and exchanged: a timeline", "hpc.trace", False),
     "compare": Command("lay runs side by side", "hpc.compare", False),
     "doctor": Command("say what was found on this machine, and whether it is right", "hpc.doctor", False),
     "bench": Command("measure this machine and this code beside a peer or a limit", "hpc.bench", False),

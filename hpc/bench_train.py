@@ -22,7 +22,7 @@ WARM_UP = 3  # steps of every side before anything is measured
 SETTLE = 1  # steps of every turn that only bring the side's memory back into the caches
 WIDTH, CONTEXT = 40, 5
 RATE, MOMENTUM = 0.01, 0.9
-PHASES = ("read", "compute", "exchange")
+PHASES = ("read", "forward", "backward", "exchange")
 
 Steps = list[dict[str, float]]  # of every step: "seconds", "cpu", and Trireme's phases
 

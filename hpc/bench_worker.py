@@ -31,7 +31,7 @@ class PacedMeter(Meter):
     """A Meter that keeps the seconds of every step and its phases, and waits at a gate when its steps are used up."""
 
     def __init__(self, meter: Meter, gate: Gate):
-        super().__init__(meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress)
+        super().__init__(meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress, active=meter.active)
         self.gate = gate
         self.steps: list[dict[str, float]] = []
         self.left = gate.wait()
@@ -60,7 +60,8 @@ def work(spec: dict[str, Any]) -> None:
     """Build the job, introduce this rank, and train until dismissed."""
     logging.getLogger("trireme").setLevel(logging.WARNING)
     comm = Comm.start()
-    recipe = resolve(spec["recipe"], registry())
+    log = spec["recipe"].get("log", {}) | {"trace": 0}  # the paced meter has no turns to trace
+    recipe = resolve(spec["recipe"] | {"log": log}, registry())
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
     watchdog = Watchdog(0, f"rank {comm.rank}", comm.abort)
     made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog, StopFlag())

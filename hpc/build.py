@@ -27,6 +27,7 @@ from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields,
 from hpc.runtime import Device, StopFlag, Watchdog
 from hpc.schedule import POLICIES, Replay, Schedule
 from hpc.shards import REMEDY, Dataset, read_manifest, sha256_of
+from hpc.spans import Spans
 from hpc.staging import stage
 from hpc.train import Job
 from models.frames import Frames
@@ -121,16 +122,24 @@ def make_job(
     comm = comm.with_splits(recipe.splits)
     fields = comm.on_root(lambda: _checked_fields(recipe))
     task = make_task(recipe, fields)
-    if comm.on_root(lambda: run.open(recipe, fields)):
+    kind: Any = registry()["strategy"][recipe.strategy.name]
+    operational = [f"strategy.{option}" for option in kind.operational]
+    if comm.on_root(lambda: run.open(recipe, fields, operational)):
         return None
     run.opened = True
     with watchdog.resting():  # copying and hashing a large data set shows no progress
         train_set, *rest = open_data(recipe, comm, task.fields)
     model = make_model(recipe, task, device)
-    flat = Flat(model, lambda count: comm.zeros(count, device.torch))
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
-    strategy = registry()["strategy"][recipe.strategy.name](comm, flat, rule, data.batch, **options(recipe.strategy))
+    shared = kind.shares_weights and device.torch.type == "cpu"
+    flat = Flat(model, comm.common if shared else partial(comm.zeros, device=device.torch))
+    comm.barrier()  # who goes on from here may change weights that others were still filling in
+    strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
+    settled = strategy.prepare(comm.on_root(run.exchange))
+    comm.on_root(lambda: run.keep_exchange(settled))
+    logging.getLogger("trireme").info("exchange: %s", settled.get("said", "as the strategy does it"))
+    watchdog.about = strategy.waiting_for
     batches = Batches(
         train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed, place=device.place,
@@ -139,7 +148,10 @@ def make_job(
     journal: Journal = Silence()
     if comm.is_root():
         journal = RunJournal(run.path, schedule.steps, recipe.log.tensorboard)
-    meter = Meter(comm, journal, watchdog, recipe.log.every, batches.progress)
+    spans = Spans(run.path, recipe.log.trace)
+    meter = Meter(
+        comm, journal, watchdog, recipe.log.every, batches.progress, spans, active=lambda: strategy.active_s
+    )
     saver = Saver(
         run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
     )
@@ -150,6 +162,7 @@ def make_job(
         )
 
     strategy.evaluate = validate if rest else None
+    strategy.note = spans.note
     job = Job(
         comm, device, task, model, batches, strategy, schedule, saver, meter, stop,
         validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, data.batch),
@@ -157,7 +170,9 @@ def make_job(
     )
     if rest:
         comm.on_root(lambda: _check_metric(job, rest[0]))
-    return job, _resume(job, recipe, run, flat)
+    at = _resume(job, recipe, run, flat)
+    spans.open(comm, at)
+    return job, at
 
 
 def _check_metric(job: Job, dataset: Dataset) -> None:

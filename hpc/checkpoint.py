@@ -65,17 +65,24 @@ class Checkpoint:
     def slice(self, name: str, low: int, high: int) -> torch.Tensor:
         """Floats [low, high) of a joined [P] state tensor, from the parts that hold them, whoever saved them."""
         found = torch.empty(high - low)
-        covered = 0
-        for part in self.manifest["parts"]:
-            first, last = max(low, part["low"]), min(high, part["high"])
-            if first < last:
-                with safe_open(self.folder / part["file"], "pt") as file:
-                    values = file.get_slice(f"slice.{name}")[first - part["low"] : last - part["low"]]
-                found[first - low : last - low] = values
-                covered += last - first
-        if covered != high - low:
-            raise CheckpointError(f"checkpoint '{self.folder}' holds {covered} of {high - low} values of '{name}'")
+        at = low
+        while at < high:
+            file, start, last = self._holder(name, at)
+            last = min(high, last)
+            with safe_open(self.folder / file, "pt") as opened:
+                found[at - low : last - low] = opened.get_slice(f"slice.{name}")[start : start + last - at]
+            at = last
         return found
+
+    def _holder(self, name: str, at: int) -> tuple[str, int, int]:
+        """Whose part holds float `at` of a joined tensor: its file, where in its tensor, and up to which float."""
+        for part in self.manifest["parts"]:
+            start = 0
+            for low, high in part["pieces"]:
+                if low <= at < high:
+                    return part["file"], start + at - low, high
+                start += high - low
+        raise CheckpointError(f"checkpoint '{self.folder}' does not hold float {at} of '{name}'")
 
     def split(self, split: int) -> dict[str, torch.Tensor]:
         """What was kept for a split: name -> tensor."""
@@ -173,8 +180,9 @@ class Saver:
         tensors = {f"slice.{k}": v.detach().to("cpu", copy=True) for k, v in state.slices.items()}
         for split, held in state.splits.items():
             tensors |= {f"split.{split}.{k}": v.detach().to("cpu", copy=True) for k, v in held.items()}
-        part = {"file": f"rank-{self.comm.rank:05d}.safetensors", "low": state.low, "splits": list(self.comm.splits)}
-        part["high"] = state.low + max((len(v) for v in state.slices.values()), default=0)
+        part = {
+            "file": f"rank-{self.comm.rank:05d}.safetensors", "pieces": state.pieces, "splits": list(self.comm.splits),
+        }
         record = {**record, "at": at, "common": state.common, "best": self.best}
         self.comm.on_root(lambda: self._clear(name))
         finish = (lambda: self._finish(name, model, record)) if (model := self._model_on_root()) else None

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc.config import flatten, read_toml
-from hpc.quantities import amount, duration, metric, spoken
+from hpc.quantities import amount, duration, metric, percent, spoken
 from hpc.records import metrics_of, number
 from hpc.report import replace_file
 from hpc.shards import sha256_of
@@ -138,6 +138,8 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
     results.add_row("wall clock", *(duration(row["seconds"]) for row in runs))
     results.add_row("frames/s in training", *(amount(row["frames_per_s"]) for row in runs))
     results.add_row("speed against the first", *(_ratio(row, runs[0]) for row in runs))
+    if any(row["exchange_hidden"] is not None for row in runs):
+        results.add_row("exchange hidden", *(percent(row["exchange_hidden"]) for row in runs))
     results.add_row("ranks", *(amount(row["ranks"]) for row in runs))
     results.add_row("hosts", *(str(len(row["hosts"])) for row in runs))
     results.add_row("model SHA-256", *((row["sha256"] or "no model")[:12] for row in runs))

@@ -65,6 +65,9 @@ class Log(Section):
 
     every: int = Field(default=50, ge=1, description="steps between records in metrics.jsonl")
     tensorboard: bool = Field(default=True, description="write TensorBoard events too")
+    trace: int = Field(
+        default=20, ge=0, description="turns traced from every start and validation on ('trireme trace'); 0: none"
+    )
     watchdog: float = Field(default=900.0, ge=0, description="seconds without progress until the job ends; 0: never")
 
 

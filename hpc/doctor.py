@@ -189,7 +189,8 @@ def check_mpi(problems: Sequence[Mapping[str, str]]) -> list[Finding]:
     import mpi4py
 
     mpi4py.rc.initialize = False  # comm only names the library and reads the launcher's promise here
-    from collectives.comm import mpi_library, promised_size
+    from collectives.comm import mpi_library
+    from collectives.launch import promised_size
 
     files = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     path = next((file for file in files if re.search(r"/libmpi(ch|_cray|_abi)?\.so[.\d]*$", file)), "unknown")

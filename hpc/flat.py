@@ -1,12 +1,13 @@
 """A model's parameters and gradients as two contiguous buffers.
 
-Legend: P floats of all parameters, padded: every parameter starts at a multiple of ALIGN floats, and slices of ranks
-end at multiples of CHUNK, so that vectorised kernels meet the same elements in the same lanes for any number of ranks.
+Legend: P floats of all parameters, padded: every parameter starts at a multiple of ALIGN floats, and P is a multiple of
+CHUNK, as the ends of the pieces are that ranks own (`collectives/layout.py`), so that vectorised kernels meet the same
+elements in the same lanes for any number of ranks.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
 import torch
@@ -53,13 +54,20 @@ class Flat:
 
     def bind_grads(self, grads: torch.Tensor) -> None:
         """From now on backward adds into this buffer [P]."""
+        if self.parameters[0].grad is not None and self.parameters[0].grad.data_ptr() == grads.data_ptr():
+            return  # bound already: with many parameters binding takes a while
         for parameter, view in zip(self.parameters, self.views(grads), strict=True):
             parameter.grad = view
 
-    def bounds(self, ranks: int) -> list[int]:
-        """Where the ranks' slices begin and end: `ranks + 1` offsets, multiples of CHUNK, as even as that allows."""
-        chunks = self.size // CHUNK
-        return [chunks * k // ranks * CHUNK for k in range(ranks + 1)]
+    def on_grad(self, told: Callable[[int], None]) -> None:
+        """From now on backward calls `told` with a parameter's number when its gradient is final."""
+        for number, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(lambda _, number=number: told(number))
+
+    def within(self, low: int, high: int) -> range:
+        """The numbers of the parameters that have floats in [low, high)."""
+        first = bisect_right(self.offsets, low) - 1
+        return range(first, bisect_left(self.offsets, high))
 
     def name_at(self, index: int) -> str:
         """The name of the parameter that holds a float of the buffer."""

@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from collectives.comm import Comm
+from hpc.quantities import hidden_share, percent
 from hpc.runtime import Watchdog
+from hpc.spans import Spans
 
-PHASES = ("read", "compute", "exchange", "validate", "checkpoint")
+PHASES = ("read", "forward", "backward", "exchange", "validate", "checkpoint")
 
 
 class Journal(Protocol):
@@ -100,19 +102,24 @@ class RunJournal:
 
 
 class Meter:
-    """Counts seconds by phase, losses by split, and frames; beats the watchdog.
+    """Counts seconds by phase, losses by split, and frames; beats the watchdog; has its spans recorded.
 
     comm       to join the ranks' counts
     journal    where rank 0 writes
     every      steps between records
     progress   step -> (epochs, frames) from the start of training to there, over all splits
+    spans      records what was done when; None: nobody
+    active     seconds so far in which an exchange was under way on this rank (`Strategy.active_s`)
     """
 
     def __init__(
-        self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int, progress: Callable[[int], tuple[float, int]]
+        self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int,
+        progress: Callable[[int], tuple[float, int]], spans: Spans | None = None,
+        active: Callable[[], float] = lambda: 0.0,
     ):
         self.comm, self.journal, self.watchdog = comm, journal, watchdog
         self.every, self.progress = every, progress
+        self.spans, self.active = spans or Spans(), active
         self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
         self._clear()
@@ -120,17 +127,19 @@ class Meter:
     def _clear(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._losses: dict[int, list[float]] = {}
-        self._since = time.perf_counter()
+        self._since, self._active = time.perf_counter(), self.active()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the seconds of a block as this phase's."""
         self.watchdog.beat(f"in phase '{phase}' after step {self.at}")
-        began = time.perf_counter()
+        began = time.monotonic_ns()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
+            ended = time.monotonic_ns()
+            self.spans.add(phase, began, ended)
+            seconds = (ended - began) / 1e9
             self._seconds[phase] += seconds
             self.totals[phase] += seconds
 
@@ -146,17 +155,23 @@ class Meter:
         """A turn is done; every `every` steps the ranks' counts are joined and recorded (collective then)."""
         before, self.at, self._rate = self.at, at, learning_rate
         if at // self.every != before // self.every:
+            began = time.monotonic_ns()
             self._record(at, learning_rate)
+            self.spans.add("log", began, time.monotonic_ns())
+        if self.spans.left:
+            self.spans.turn(at, self.progress(at)[0])
 
     def finish(self) -> None:
         """The end of training: record what came after the last record (collective)."""
         self._record(self.at, self._rate)
+        self.spans.flush()
 
     def _record(self, at: int, learning_rate: float) -> None:
         seconds = time.perf_counter() - self._since
         training = max(seconds - self._seconds["validate"] - self._seconds["checkpoint"], 1e-9)
         frames = sum(int(c) for _, c in self._losses.values())
-        mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / training, **self._seconds}
+        mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / training, **self._seconds,
+                "exchange_active": self.active() - self._active}
         joined = self.comm.gather({"mine": mine, "losses": sorted(self._losses.items())})
         losses = sorted(entry for rank in joined for entry in rank["losses"])
         count = sum(int(c) for _, (_, c) in losses)
@@ -170,6 +185,7 @@ class Meter:
             "train", step=at, epoch=epoch, frames=all_frames, loss=loss, learning_rate=learning_rate,
             frames_per_s=count / training, seconds=seconds, by_rank=by_rank,
         )
-        speed = f"{count / training:,.0f} frames/s"
+        hidden = hidden_share(*(sum(part[key] for part in by_rank) for key in ("exchange", "exchange_active")))
+        speed = f"{count / training:,.0f} frames/s{'' if hidden is None else f'  exchange hidden {percent(hidden)}'}"
         self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4g}  {speed}  learning rate {learning_rate:.4g}")
         self._clear()

@@ -48,6 +48,20 @@ def metric(name: str, value: Any) -> str:
     return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.5g}"
 
 
+def hidden_share(waited: float, active: float) -> float | None:
+    """The share of an exchange that was hidden behind computing, 0 to 1; None if there was none.
+
+    waited  seconds that ranks stood waiting for it
+    active  seconds in which it was under way
+    """
+    return min(1.0, max(0.0, 1.0 - waited / active)) if active > 0 else None
+
+
+def percent(share: float | None) -> str:
+    """A fraction of 1 in whole percent: "83 %"; "–" if it is not known."""
+    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+
+
 def is_fraction(name: str) -> bool:
     """Whether a metric is shown as a percentage: *_error and accuracy are fractions of 1."""
     return name.endswith(("_error", "accuracy"))

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hpc.quantities import amount, duration, metric, moment, spoken
+from hpc.quantities import amount, duration, hidden_share, metric, moment, percent, spoken
 from hpc.records import metrics_of, number
 from hpc.summary import (
     FAILED,
     FINISHED,
-    OTHER,
-    PHASES,
     RunHistory,
     cause_of,
     error_name,
+    exchange_hidden,
+    phases_in,
     summarize,
     time_by_rank,
     training_loss,
@@ -186,6 +186,8 @@ def _numbers(run: RunHistory) -> str:
         ("ranks", amount(summary["ranks"]), f"{start.get('splits', '–')} splits"),
         ("host" if len(hosts) == 1 else "hosts", str(len(hosts)), some_hosts),
     ]
+    if summary["exchange_hidden"] is not None:
+        cards.append(("exchange hidden", percent(summary["exchange_hidden"]), "behind forward and backward"))
     return '<div class="numbers">' + "".join(
         f'<div class="number"><span>{_text(title)}</span><b>{_text(value)}</b><span>{_text(note)}</span></div>'
         for title, value, note in cards
@@ -220,15 +222,18 @@ def _validations(run: RunHistory) -> str:
 
 
 def _time_spent(run: RunHistory) -> str:
-    rows = []
-    for (rank, host), spent in time_by_rank([*run.of("train"), *run.of("rest")]).items():
+    by_rank, exchanges = time_by_rank([*run.of("train"), *run.of("rest")]), exchange_hidden(run.of("train"))
+    shown, rows = phases_in(by_rank), []
+    for (rank, host), spent in by_rank.items():
         total = sum(spent.values())
-        shares = [f"{duration(spent[p])} ({spent[p] / total:.1%})" if total else "–" for p in (*PHASES, OTHER)]
-        rows.append([rank, host, *shares, duration(total)])
+        shares = [f"{duration(spent[p])} ({spent[p] / total:.1%})" if total else "–" for p in shown]
+        hidden = [percent(hidden_share(*exchanges.get(rank, (0.0, 0.0))))] if exchanges else []
+        rows.append([rank, host, *shares, duration(total), *hidden])
     if not rows:
         return '<p class="muted">No training interval logged yet.</p>'
     note = '<p class="muted">A rank that waits for a slower one spends that time in exchange.</p>'
-    return _table(["rank", "host", *PHASES, OTHER, "total"], rows, texts=(1,)) + note
+    head = ["rank", "host", *shown, "total", *(["exchange hidden"] if exchanges else [])]
+    return _table(head, rows, texts=(1,)) + note
 
 
 def _attempts(run: RunHistory) -> str:

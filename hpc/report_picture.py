@@ -19,9 +19,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from hpc.quantities import is_fraction, spoken
 from hpc.records import number
-from hpc.summary import OTHER, PHASES, RunHistory, error_name, time_by_rank
+from hpc.summary import RunHistory, error_name, phases_in, time_by_rank
 
 WIDTH, DPI = 12.5, 128  # inches and dots an inch: 1600 pixels
+# Which of a theme's series a phase has; "compute" is what forward and backward were before they were told apart.
+PHASE_SERIES = {"compute": 0, "backward": 0, "forward": 5, "exchange": 1, "read": 3, "validate": 2, "checkpoint": 4}
+WHITE_ON = ("compute", "backward", "exchange", "validate")  # phases dark enough, in LIGHT, for white text
 LINES_AT_MOST = 8  # ranks drawn one line each; more become a band
 BARS_AT_MOST = 16  # ranks with a labelled bar
 
@@ -36,10 +39,15 @@ class Theme:
     grid: str
     series: tuple[str, ...]
 
-    def phase(self, index: int) -> str:
-        """The colour of the index-th of PHASES; OTHER, after them, is muted."""
-        order = (0, 1, 3, 2, 4)
-        return self.series[order[index]] if index < len(order) else self.grid
+    def phase(self, name: str) -> str:
+        """The colour of a phase; OTHER, and whatever is none, is muted."""
+        return self.series[PHASE_SERIES[name]] if name in PHASE_SERIES else self.grid
+
+    def on_phase(self, name: str) -> str:
+        """The colour of text on a phase's colour."""
+        if name not in PHASE_SERIES:
+            return self.ink
+        return "#ffffff" if self is LIGHT and name in WHITE_ON else "#101418"
 
 
 LIGHT = Theme("#ffffff", "#1b1f24", "#656d76", "#d8dce1",
@@ -235,21 +243,20 @@ def _throughput(axes: Axes, run: RunHistory, theme: Theme) -> None:
 
 
 def _time_spent(axes: Axes, bars: dict[tuple[int, str], dict[str, float]], theme: Theme) -> None:
-    dress(axes, theme, "Where the time went: share of each rank's time", "")
+    dress(axes, theme, "Where each rank's time went", "")
     if not any(sum(row.values()) for row in bars.values()):
         return empty(axes, theme, "no training interval logged yet")
     axes.grid(False, axis="y")
     y, left = np.arange(len(bars)), np.zeros(len(bars))
     total = np.array([sum(row.values()) or 1.0 for row in bars.values()])
     few = len(bars) <= BARS_AT_MOST
-    for index, phase in enumerate((*PHASES, OTHER)):
+    for phase in phases_in(bars):
         share = np.array([row[phase] for row in bars.values()]) / total
-        axes.barh(y, share, left=left, height=0.72 if few else 1.0, color=theme.phase(index), label=phase,
+        axes.barh(y, share, left=left, height=0.72 if few else 1.0, color=theme.phase(phase), label=phase,
                   edgecolor=theme.surface, linewidth=0.8 if few else 0)
-        on_bar = theme.ink if phase == OTHER else "#ffffff" if theme is LIGHT and index in (0, 1, 3) else "#101418"
         for row in np.flatnonzero(share >= 0.025).tolist() if few else ():
             axes.text(left[row] + share[row] / 2, row, f"{share[row]:.0%}", ha="center", va="center_baseline",
-                      fontsize=9.5, color=on_bar)
+                      fontsize=9.5, color=theme.on_phase(phase))
         left += share
     if few:
         axes.set_yticks(y, [f"rank {rank} · {host}" for rank, host in bars])
@@ -260,5 +267,5 @@ def _time_spent(axes: Axes, bars: dict[tuple[int, str], dict[str, float]], theme
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines["bottom"].set_visible(False)
-    legend(axes, theme, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=6, borderaxespad=0.1, handlelength=1.2)
+    legend(axes, theme, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=8, borderaxespad=0.1, handlelength=1.2)
     return None

@@ -3,6 +3,7 @@
     recipe.toml         the resolved recipe
     data.json           what the model must know of its training data (dimensions, classes, mean, deviation, counts)
     metrics.jsonl       every record, a line an event (see meter.py)
+    exchange.json       how ranks exchange, and what was measured before that was settled (`Strategy.prepare`)
     checkpoints/        see checkpoint.py
     logs/, tensorboard/
     model.safetensors   the model that ships: the best on validation (without a validation set, the last)
@@ -19,14 +20,16 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc.checkpoint import check
-from hpc.config import Recipe, differences, read_toml
+from hpc.config import OPERATIONAL, Recipe, differences, read_toml
 from hpc.shards import MANIFEST, sha256_of, write_json
 
 RECIPE, DATA, SUCCESS, FAILURE, MODEL = "recipe.toml", "data.json", "success", "failure.json", "model.safetensors"
+EXCHANGE = "exchange.json"
 
 
 class RunError(ValueError):
@@ -45,8 +48,10 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.opened = False  # whether it is this run's: only then a failure is written into it
 
-    def open(self, recipe: Recipe, fields: dict[str, Any]) -> bool:
+    def open(self, recipe: Recipe, fields: dict[str, Any], operational: Sequence[str] = ()) -> bool:
         """Make the folder, or check that it belongs to this recipe and data; whether the run is finished already.
+
+        operational  recipe keys that may differ, beside config.OPERATIONAL
 
         A run that has not come to a checkpoint yet has nothing to lose: its recipe is replaced.
 
@@ -56,7 +61,7 @@ class RunFolder:
         data = {"fields": fields, "train": _digest(recipe.data.train), "validation": _digest(recipe.data.validation)}
         if (self.path / RECIPE).exists():
             held = read_toml(self.path / RECIPE)
-            changed = differences(held, recipe.to_dict())
+            changed = differences(held, recipe.to_dict(), (*OPERATIONAL, *operational))
             held_data = read_data(self.path)
             other = [k for k in ("train", "validation") if held_data[k] != data[k]]
             changed += [f"data.{k}: another data set than before" for k in other]
@@ -73,6 +78,16 @@ class RunFolder:
         temporary.write_text(recipe.to_toml(), encoding="utf-8")
         os.replace(temporary, self.path / RECIPE)
         return finished
+
+    def exchange(self) -> dict[str, Any] | None:
+        """How ranks exchanged when the run began or was last resumed; None if that is not known."""
+        try:
+            return json.loads((self.path / EXCHANGE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def keep_exchange(self, settled: dict[str, Any]) -> None:
+        write_json(self.path / EXCHANGE, settled)
 
     def ship(self, checkpoint: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256.

@@ -83,6 +83,7 @@ class Watchdog:
     def __init__(self, patience: float, label: str, abort: Callable[[int], None]):
         self.patience, self.label, self.abort = patience, label, abort
         self.where = "starting"
+        self.about: Callable[[], str] = lambda: ""  # what more to say when it ends a job: who is waited for
         self._beaten = time.monotonic()
         self._rests = False
         self._closed = threading.Event()
@@ -114,9 +115,11 @@ class Watchdog:
             # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
             faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
             if time.monotonic() - self._beaten > self.patience:
+                about = self.about()
                 print(
-                    f"[{self.label}] no progress for {self.patience:g} s while {self.where}: ending the job; "
-                    "the stacks of this rank's threads:", file=sys.stderr, flush=True,
+                    f"[{self.label}] no progress for {self.patience:g} s while {self.where}"
+                    f"{f' ({about})' if about else ''}: ending the job; the stacks of this rank's threads:",
+                    file=sys.stderr, flush=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 time.sleep(2.0)  # the other ranks' watchdogs print theirs

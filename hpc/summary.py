@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.quantities import hidden_share
 from hpc.records import metrics_of, number, read_attempts, read_records
 
-PHASES = ("compute", "exchange", "read", "validate", "checkpoint")
+PHASES = ("forward", "backward", "exchange", "read", "validate", "checkpoint")
+COMPUTE = "compute"  # forward and backward in one, as runs were recorded before they were told apart
 OTHER = "other"  # what an interval took beyond its phases
 FINISHED, FAILED, PREEMPTED, OPEN = "finished", "failed", "preempted", "running or interrupted"
 
@@ -127,16 +129,40 @@ def training_loss(trains: Sequence[dict[str, Any]], after: int, until: int) -> f
 
 
 def time_by_rank(trains: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[str, float]]:
-    """Seconds spent in each of PHASES and OTHER by (rank, host), ascending, summed over "train" records."""
+    """Seconds spent in COMPUTE, each of PHASES and OTHER by (rank, host), ascending, summed over "train" records."""
     spent: dict[tuple[int, str], dict[str, float]] = {}
     for train in trains:
         for part in train.get("by_rank", ()):
-            row = spent.setdefault((part["rank"], str(part.get("host", "?"))), dict.fromkeys((*PHASES, OTHER), 0.0))
-            seconds = {phase: number(part.get(phase, 0.0)) for phase in PHASES}
+            who = (part["rank"], str(part.get("host", "?")))
+            row = spent.setdefault(who, dict.fromkeys((COMPUTE, *PHASES, OTHER), 0.0))
+            seconds = {phase: number(part.get(phase, 0.0)) for phase in (COMPUTE, *PHASES)}
             for phase, value in seconds.items():
                 row[phase] += value
             row[OTHER] += max(0.0, number(train.get("seconds", 0.0)) - sum(seconds.values()))
     return dict(sorted(spent.items()))
+
+
+def phases_in(spent: dict[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:
+    """The phases to show of what `time_by_rank` found: COMPUTE where a run was recorded so, all others, OTHER."""
+    together, apart = (any(row[p] for row in spent.values() for p in some) for some in ((COMPUTE,), PHASES[:2]))
+    return (*((COMPUTE,) if together else ()), *(PHASES if apart or not together else PHASES[2:]), OTHER)
+
+
+def exchange_hidden(trains: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Seconds (waited for an exchange, with an exchange under way) by rank, over the intervals that recorded both."""
+    found: dict[int, tuple[float, float]] = {}
+    for part in (part for train in trains for part in train.get("by_rank", ())):
+        active = number(part.get("exchange_active"))
+        if active > 0:
+            waited, before = found.get(part["rank"], (0.0, 0.0))
+            found[part["rank"]] = (waited + number(part.get("exchange", 0.0)), before + active)
+    return found
+
+
+def hidden_of(trains: Sequence[dict[str, Any]]) -> float | None:
+    """The share of all ranks' exchange that was hidden behind computing, 0 to 1; None where it was not recorded."""
+    by_rank = exchange_hidden(trains).values()
+    return hidden_share(sum(waited for waited, _ in by_rank), sum(active for _, active in by_rank))
 
 
 def frames_per_second(trains: Sequence[dict[str, Any]]) -> float:
@@ -168,6 +194,7 @@ def summarize(run: RunHistory) -> dict[str, Any]:
         "frames": latest.get("frames", 0),
         "seconds": run.seconds,
         "frames_per_s": frames_per_second(run.of("train")),
+        "exchange_hidden": hidden_of(run.of("train")),
         "ranks": run.start.get("ranks"),
         "hosts": sorted(set(run.start.get("hosts", ()))),
         "resumes": max(0, len(run.of("start")) - 1),

@@ -64,9 +64,9 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
             for t in range(at, at + n):
                 with meter("read"):
                     batch, count = job.batches(split, t), 0  # None: this split has run dry
-                with meter("compute"):
-                    if batch is not None:
-                        count, carry[split] = learn(job, batch, split, t, carry[split])
+                if batch is not None:
+                    count, carry[split] = learn(job, batch, split, t, carry[split])
+                with meter("backward"):  # adding it up, or handing it on, is its last part
                     strategy.step(split, count)
             strategy.leave(split)
         with meter("exchange"):
@@ -92,16 +92,19 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
 
 def learn(job: Job, batch: Any, split: int, t: int, carry: Any) -> tuple[int, Any]:
     """Forward and backward of one batch; its count of items, and what the split's next batch starts from."""
-    job.batches.seed_all(split, t)
-    with job.device.autocast():
-        total, count, carry = job.task.loss(job.model, batch, carry)
-    total.backward()
+    with job.meter("forward"):
+        job.batches.seed_all(split, t)
+        with job.device.autocast():
+            total, count, carry = job.task.loss(job.model, batch, carry)
+    with job.meter("backward"):
+        total.backward()
+        loss = job.meter.add(split, total, count)  # a GPU is done with both only where the number is asked for
     if carry is not None:  # neither saved nor resumed yet; the first task that needs it brings that
         raise NotImplementedError(f"{type(job.task).__name__}.loss returned a carry, which checkpoints do not hold yet")
-    if not math.isfinite(job.meter.add(split, total, count)):
+    if not math.isfinite(loss):
         some = sorted({batch.key_of(i) for i in range(min(count, 5))})
         raise TrainingFailed(
-            f"the loss is {float(total.detach())} at step {t} (rank {job.comm.rank}, split {split}, utterances "
+            f"the loss is {loss} at step {t} (rank {job.comm.rank}, split {split}, utterances "
             f"{', '.join(some)} among others); lower optim.learning_rate or set strategy.clip_norm"
         )
     return count, carry

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from hpc.hosts import Hosts, missing_rights
 
 BIN = Path(sys.executable).parent
 if (BIN / "mpiexec").exists():  # pytest-isolate-mpi looks for the launcher on PATH
@@ -75,3 +78,12 @@ def launcher(ranks: int) -> list[str]:
     """The start of a command line with this many ranks; one rank needs no launcher."""
     python = [sys.executable, "-m", "mpi4py"]
     return python if ranks == 1 else ["mpiexec", "-n", str(ranks), *python]
+
+
+@pytest.fixture
+def hosts():
+    """Makes pretend hosts on this machine: hosts(2, "100mbit") -> Hosts, up; gone when the test ends."""
+    if reason := missing_rights():
+        pytest.skip(reason)
+    with ExitStack() as up:
+        yield lambda count, link=None: up.enter_context(Hosts(count, link))

@@ -62,7 +62,7 @@ def test_every_side_of_the_training_step_is_measured(train_records):
         assert step["parameters"] == 440 * 16 + 16 + 16 * 5 + 5
         assert step["frames_per_s"] == pytest.approx(32 / step["median_s"], rel=1e-3)
         if step["impl"] == "trireme":
-            assert step["compute_s"] > 0 and step["exchange_s"] > 0 and step["read_s"] >= 0
+            assert min(step[f"{phase}_s"] for phase in ("forward", "backward", "exchange")) > 0 and step["read_s"] >= 0
 
 
 def test_quotients_of_the_training_step(train_records):

@@ -17,10 +17,21 @@ from rich.console import Console
 
 from hpc import compare as comparing
 from hpc import report as reporting
+from hpc import trace as tracing
 from hpc.compare import compare, distinct_names, recipe_differences, same_until, show
 from hpc.records import read_attempts, read_records
 from hpc.report import report
-from hpc.summary import FAILED, FINISHED, OPEN, PREEMPTED, read_run, time_by_rank, training_loss
+from hpc.summary import (
+    FAILED,
+    FINISHED,
+    OPEN,
+    PREEMPTED,
+    phases_in,
+    read_run,
+    summarize,
+    time_by_rank,
+    training_loss,
+)
 
 PER_EPOCH, BATCH, START = 4, 100, 1_700_000_000.0
 
@@ -44,11 +55,13 @@ class Log:
         self.write("start", step, resumed_from=resumed_from, **{**told, **values})
         return self
 
-    def train(self, step: int, loss: float, seconds: float = 1.0) -> None:
+    def train(self, step: int, loss: float, seconds: float = 1.0, together: bool = False, **more) -> None:
+        """together: forward and backward are recorded as one, as they once were."""
         self.now += seconds
+        computing = {"compute": 0.6 * seconds} if together else {"forward": 0.2 * seconds, "backward": 0.4 * seconds}
         by_rank = [
             {"rank": r, "host": f"node{r}", "frames_per_s": BATCH / self.ranks / seconds, "read": 0.1 * seconds,
-             "compute": 0.6 * seconds, "exchange": 0.1 * seconds, "validate": 0.0, "checkpoint": 0.0}
+             **computing, "exchange": 0.1 * seconds, "validate": 0.0, "checkpoint": 0.0, **more}
             for r in range(self.ranks)
         ]
         self.write("train", step, epoch=step / PER_EPOCH, frames=step * BATCH, loss=loss, learning_rate=0.1,
@@ -190,8 +203,38 @@ def test_time_by_rank_adds_up_to_the_intervals(tmp_path):
     log.train(2, 1.0, seconds=3.0)
     spent = time_by_rank(read_run(log.path).of("train"))
     assert list(spent) == [(0, "node0"), (1, "node1"), (2, "node2")]
-    expected = {"read": 0.5, "compute": 3.0, "exchange": 0.5, "validate": 0, "checkpoint": 0, "other": 1.0}
+    expected = {"compute": 0, "read": 0.5, "forward": 1.0, "backward": 2.0, "exchange": 0.5, "validate": 0,
+                "checkpoint": 0, "other": 1.0}
     assert spent[1, "node1"] == pytest.approx(expected)
+    assert phases_in(spent) == ("forward", "backward", "exchange", "read", "validate", "checkpoint", "other")
+
+
+def test_runs_recorded_before_forward_and_backward_were_told_apart_are_shown(tmp_path):
+    log = Log(tmp_path / "run").start()
+    log.train(1, 1.0, together=True)
+    before = time_by_rank(read_run(log.path).of("train"))
+    assert phases_in(before) == ("compute", "exchange", "read", "validate", "checkpoint", "other")
+    text = page_of(log.path).text
+    assert "compute" in text and "60.0%" in text and "backward" not in text
+    log.train(2, 1.0)  # resumed later
+    after = time_by_rank(read_run(log.path).of("train"))
+    assert phases_in(after)[:3] == ("compute", "forward", "backward")
+    assert after[0, "node0"]["compute"] == pytest.approx(0.6) and after[0, "node0"]["other"] == pytest.approx(0.4)
+    assert "backward" in page_of(log.path).text
+
+
+def test_the_hidden_share_counts_only_what_recorded_an_exchange(tmp_path):
+    log = Log(tmp_path / "run").start()
+    log.train(1, 1.0)
+    assert summarize(read_run(log.path))["exchange_hidden"] is None
+    assert "hidden" not in page_of(log.path).text
+    log.train(2, 1.0, exchange_active=0.4)
+    log.train(3, 1.0, exchange_active=0.0)
+    assert summarize(read_run(log.path))["exchange_hidden"] == pytest.approx(0.75)
+    assert "75 %" in page_of(log.path).text
+    log.train(4, 1.0, exchange_active=0.0001)
+    log.train(5, 9.0, exchange_active=0.0001, exchange=9.0)
+    assert summarize(read_run(log.path))["exchange_hidden"] == 0.0, "never below nothing"
 
 
 def test_training_loss_is_weighted_by_frames():
@@ -255,7 +298,7 @@ def test_the_page_holds_the_numbers(tmp_path):
     (log.path / "checkpoints" / "step-8").mkdir(parents=True)
     text = page_of(log.end(8, "early stop")).text
     for expected in ("finished", "early stop", "0.7500", "31.25%", "17.5", "1.2500", "continue ★ best", "12.0 MB",
-                     "60.0%", "node0, node1", "2.13.0", 'name = "bmuf"', "ab" * 32):
+                     "40.0%", "node0, node1", "2.13.0", 'name = "bmuf"', "ab" * 32):
         assert expected in text, expected
     assert text.count("★") == 1
 
@@ -387,7 +430,7 @@ def test_json_holds_no_nan(tmp_path, capsys):
     assert json.loads(said)["last"]["loss"] is None and "NaN" not in said and "Infinity" not in said
 
 
-@pytest.mark.parametrize("module", [reporting, comparing])
+@pytest.mark.parametrize("module", [reporting, comparing, tracing])
 def test_help_has_examples(module, capsys):
     with pytest.raises(SystemExit):
         command(module, "--help")
@@ -396,6 +439,6 @@ def test_help_has_examples(module, capsys):
 
 def test_the_modules_load_without_mpi_and_before_matplotlib():
     heavy = ("mpi4py", "torch", "matplotlib")
-    code = f"import sys, hpc.report, hpc.compare; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, hpc.report, hpc.compare, hpc.trace; print([name for name in {heavy} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"

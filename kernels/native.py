@@ -1,0 +1,36 @@
+"""The CPU sides of the kernels: one small library, built by `pip install` where there is a C++ compiler.
+
+Without it the torch and Python references serve: the same numbers, more slowly. `trireme doctor` says which it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+POINTER, INT32, INT64, UINT32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
+
+# name -> argument types, result type
+FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
+    "trireme_tree_sum": ([POINTER, POINTER, INT32, POINTER, INT64, INT32], None),
+    "trireme_post": ([POINTER, UINT32], None),
+    "trireme_wait": ([POINTER, UINT32, INT32, INT64], INT32),
+    "trireme_wait_all": ([POINTER, INT32, UINT32, INT32, INT64], INT32),
+    "trireme_meet_and_sum": ([POINTER], INT32),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library with its functions typed, or None where it was not built. Calls release Python's lock."""
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return None
+    loaded = ctypes.CDLL(str(found[0]))
+    for name, (arguments, result) in FUNCTIONS.items():
+        function = getattr(loaded, name, None)
+        if function is None:  # built from older sources
+            return None
+        function.argtypes, function.restype = arguments, result
+    return loaded
