@@ -24,8 +24,10 @@ from collectives.comm import Comm
 from collectives.exchange import Exchange
 from collectives.layout import Layout
 from collectives.leaves import Leaves
+from collectives.nccl import Link, NcclExchange
 from collectives.plan import Plan
 from collectives.strategy import Joined, Rule, State, Strategy, TrainingFailed, Weights
+from kernels import gpu
 
 NORM_GROUP = 1024  # floats a group of the gradient norm; pieces end at multiples of it, whatever the ranks
 MIB = 1 << 20
@@ -37,7 +39,7 @@ class AllReduce(Strategy):
     clip_norm   the global gradient norm above which the gradient is scaled down to it; 0: never
     algorithm   how sums cross between hosts: "owners", "everyone" (short messages), "ring", "auto" (the fastest by a
                 short measurement that keeps the same bits for any number of ranks), "fastest" (the ring too, which
-                does not promise that)
+                does not promise that), "nccl" (nor does NCCL; where it cannot be used: "auto")
     bucket_mib  MiB of gradient that are exchanged at a time; 0: by measurement
     wire        the type in which gradients and what weights grow by cross between hosts; sums are float32. The narrow
                 ones round every partial sum, so they are part of what is learned
@@ -56,7 +58,7 @@ class AllReduce(Strategy):
         batch: int,
         *,
         clip_norm: Annotated[float, Ge(0)] = 0.0,
-        algorithm: Literal["auto", "fastest", "owners", "everyone", "ring"] = "auto",
+        algorithm: Literal["auto", "fastest", "owners", "everyone", "ring", "nccl"] = "auto",
         bucket_mib: Annotated[float, Ge(0)] = 0.0,
         wire: Literal["float32", "bfloat16", "float16"] = "float32",
         overlap: Literal["on", "off"] = "on",
@@ -66,7 +68,9 @@ class AllReduce(Strategy):
         self.asked = (algorithm, int(bucket_mib * MIB), wire)
         self.overlap = overlap == "on"
         self.updates = 0
-        self.leaves = Leaves(comm, flat.size, wire)
+        if algorithm == "nccl" and wire != "float32":
+            raise ValueError(f"strategy.algorithm = 'nccl' sends float32 only; got strategy.wire = '{wire}'")
+        self.leaves = Leaves(comm, flat.size, wire, flat.weights.device)
         self.results = comm.results(flat.weights)
         self.scale = 1.0 / batch
         self.filled: list[int] = []  # buckets in the order in which this rank's first backward filled them
@@ -77,8 +81,11 @@ class AllReduce(Strategy):
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         comm, (algorithm, bucket, wire) = self.comm, self.asked
         size = 4 * self.flat.size
+        if algorithm == "nccl" and not comm.transport.nccl:
+            algorithm = "auto"
         found = candidates(algorithm, bucket, size, len(comm.islands), comm.size)
-        where = where_of(comm, size, wire, self.flat.weights.device)
+        where = where_of(comm, size, wire, self.flat.weights.device) | {"transport": comm.transport.kind}
+        self.link = self._linked() if algorithm == "nccl" else None
         choice, self.exchange = choose(comm, self._exchange, found, where, remembered)
         self.exchange.apply, self.exchange.note = self._apply, self._noted
         layout = self.exchange.plan.layout
@@ -103,8 +110,19 @@ class AllReduce(Strategy):
             before += last - first
         raise AssertionError(f"float {low} is not owned here")
 
-    def _exchange(self, candidate: Candidate) -> Exchange:
+    def _linked(self) -> Link:
+        """All ranks, linked by NCCL (collective)."""
+        name = self.comm.on_root(gpu.nccl_name)
+        return gpu.NcclLink(self.comm.size, self.comm.rank, name, self.flat.weights.device)
+
+    def _exchange(self, candidate: Candidate) -> Any:
+        """An Exchange, or what does the same turns by NCCL (collective)."""
         comm = self.comm
+        if self.link is not None:
+            return NcclExchange(
+                comm, self.flat.weights, self.leaves, candidate.bucket // 4, self.link,
+                apply=lambda total, low: None, deferred=self.clip_norm > 0,
+            )
         everyone = candidate.algorithm == "everyone"
         layout = Layout(self.flat.size, comm.islands, candidate.bucket // 4, everyone)
         plan = Plan(
@@ -154,10 +172,9 @@ class AllReduce(Strategy):
 
     def advance(self, n: int) -> None:
         learned = self.exchange.finish()
-        if learned and self.clip_norm:
-            self.scale = self._clipped() / self.batch
         if self.clip_norm:
-            self.exchange.share()
+            self.scale = self._clipped() / self.batch
+            learned = self.exchange.share()
         self.active_s = self.exchange.active_s
         self.updates += learned
         if learned and not self.followed:

@@ -1,18 +1,21 @@
 """Comm: the ranks of a job and what they send each other. The only place that imports mpi4py.
 
 A Comm knows which splits its rank holds, and it is passed in, never global. A world of one rank is ordinary MPI: no
-other file branches on rank or size. Ranks that see each other's memory form an island: on CPUs, those of a host. Small
-records travel as JSON, so no code is ever unpickled.
+other file branches on rank or size. Ranks that see each other's memory form an island: on CPUs, those of a host; on
+GPUs, whatever `on` finds out (`transport.py`). Small records travel as JSON, so no code is ever unpickled.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,19 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from collectives.aware import cuda_aware
 from collectives.launch import LaunchError, check_dealing, check_world_size
+from collectives.memory import fence, share
+from collectives.message import Message, Straight, gather_records
+from collectives.transport import CPU_WHY, Transport, choose_transport, look_around
+from kernels import gpu
 from kernels.window import LINE, Flags
 
-__all__ = ["Comm", "LaunchError", "Message", "RootFailed", "check_dealing", "everywhere"]
+__all__ = ["Comm", "LaunchError", "Message", "PeerLost", "RootFailed", "check_dealing", "everywhere"]
 
+CPU = torch.device("cpu")
 PAGE = 4096
+ABORT_S = 3.0  # how long an abort may take
 _NOTHING = np.empty(0, np.uint8)
 
 
@@ -33,6 +43,10 @@ class RootFailed(RuntimeError):
     """Another rank raised inside `on_root` or `each`; it reports the cause itself, this one only stops."""
 
     raised_everywhere = True
+
+
+class PeerLost(RuntimeError):
+    """A rank that this one waits for is gone; the message names it, and what it was waited for."""
 
 
 def everywhere(error: BaseException) -> BaseException:
@@ -58,16 +72,23 @@ def thread_level() -> str:
 class Comm:
     """The ranks of one job, with the splits of the data dealt to them in ascending contiguous runs.
 
-    n_splits  how many splits the recipe has; the number of ranks must divide it
-    islands   which ranks share memory, island by island; None: those of a host
+    n_splits   how many splits the recipe has; the number of ranks must divide it
+    islands    which ranks share memory, island by island; None: those of a host
+    transport  how they share and send it; None: as ranks on CPUs do
     """
 
-    def __init__(self, n_splits: int | None = None, world: Any = None, islands: list[list[int]] | None = None):
+    def __init__(
+        self, n_splits: int | None = None, world: Any = None, islands: list[list[int]] | None = None,
+        transport: Transport | None = None,
+    ):
         self._world = MPI.COMM_WORLD.Dup() if world is None else world
         self._agreeing = self._world.Dup()
         self._messages = self._world.Dup()
         self._windows: list[Any] = []
         self._commons: set[int] = set()
+        self._handles: dict[int, str] = {}  # address -> what neighbours need to map a device buffer of this rank
+        self.hosts: list[str] = []  # by rank
+        self.waiting = ""  # what this rank waits for outside the exchange, where it may be long
         self._pending: tuple[Any, np.ndarray] | None = None
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
@@ -81,11 +102,12 @@ class Comm:
         first = np.array([self.rank], np.int64)
         self._local.Bcast(first)
         met = self.gather([int(first[0]), os.getpid(), self.host])
-        self.hosts: list[str] = [host for _, _, host in met]  # by rank
+        self.hosts = [host for _, _, host in met]
         self._pids: list[int] = [pid for _, pid, _ in met]
         firsts = [found for found, _, _ in met]
         self.islands: list[list[int]] = [[r for r in range(self.size) if firsts[r] == f] for f in sorted(set(firsts))]
         self.island = next(i for i, ranks in enumerate(self.islands) if self.rank in ranks)
+        self.transport = transport or Transport("window", CPU_WHY, self.islands)
         self.n_splits = self.size if n_splits is None else n_splits
         check_dealing(self.n_splits, self.size)
 
@@ -97,11 +119,21 @@ class Comm:
 
     def with_splits(self, n_splits: int) -> Comm:
         """The same ranks, holding `n_splits` splits. Raises ValueError if the ranks do not divide them."""
-        return Comm(n_splits, self._world, self.islands)
+        return Comm(n_splits, self._world, self.islands, self.transport)
 
     def with_islands(self, islands: list[list[int]]) -> Comm:
         """The same ranks and splits, of which only those of an island use each other's memory (collective)."""
-        return Comm(self.n_splits, self._world, islands)
+        return Comm(self.n_splits, self._world, islands, self.transport)
+
+    def on(self, device: torch.device, nccl: bool = False) -> Comm:
+        """The same ranks and splits, with a way to share and send this device's memory (collective).
+
+        nccl  whether NCCL is asked for; where it cannot be used, `transport.why` says so
+        """
+        aware, why = cuda_aware(ctypes.CDLL(MPI.__file__), mpi_library(), os.environ)
+        facts = look_around(self, device, (aware, f"{mpi_library().split(', package')[0]}, {why}"))
+        transport = choose_transport(facts, self.islands, nccl)
+        return Comm(self.n_splits, self._world, transport.islands, transport)
 
     # -- who holds what ---------------------------------------------------------------------------------------------
 
@@ -135,11 +167,24 @@ class Comm:
         return self.islands[self.island]
 
     def zeros(self, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A flat buffer [count] of zeros in memory of this rank's own."""
+        """A flat buffer [count] of zeros in memory of this rank's own, which neighbours can map if GPUs allow it."""
+        if device.type == "cuda" and self.transport.mapped and count and dtype == torch.float32:
+            buffer = gpu.zeros(count, device)
+            self._handles[buffer.data_ptr()] = gpu.handle(buffer)
+            self.keep(buffer)
+            return buffer
         return torch.zeros(count, dtype=dtype, device=device)
 
-    def window(self, count: int) -> list[torch.Tensor]:
+    def keep(self, held: Any) -> None:
+        """Hold on to something until the process ends: others' memory, or what others may have mapped."""
+        self._windows.append(held)
+
+    def window(self, count: int, device: torch.device = CPU) -> list[torch.Tensor]:
         """Zeroed float32 buffers [count] of all neighbours, in their order, each seen by all (collective)."""
+        if device.type == "cuda":
+            if seen := self._mapped(self.zeros(count, device)):
+                return seen
+            raise ValueError(f"neighbours cannot map memory of '{device}': the transport is '{self.transport}'")
         parts, _ = self._shared(4 * count, 4 * count)
         parts[self.neighbours.index(self.rank)].zero_()  # by its owner, so that it lies in memory near to it
         return [part.view(torch.float32) for part in parts]
@@ -156,8 +201,20 @@ class Comm:
 
     def results(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Where each neighbour puts new weights [P] for all to see: where they are, if all see them (collective)."""
+        if weights.is_cuda:
+            return self._mapped(weights) or self.window(len(weights), weights.device)
         common = weights if self.is_common(weights) else self.common(len(weights))
         return [common] * len(self.neighbours)
+
+    def _mapped(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """A device buffer of every neighbour, one's own among them; [] if any has none to map (collective)."""
+        if len(self.neighbours) == 1:
+            return [mine]
+        handles = gather_records(self._handles.get(mine.data_ptr(), ""), self._local)
+        if not all(handles):
+            return []
+        told = zip(self.neighbours, handles, strict=True)
+        return [mine if r == self.rank else gpu.mapped(handle, len(mine), mine.device) for r, handle in told]
 
     def flags(self, count: int) -> Flags:
         """So many flags of every neighbour, in their order (collective)."""
@@ -167,13 +224,13 @@ class Comm:
     def _first_shared(self, size: int) -> tuple[torch.Tensor, Callable[[], None]]:
         """Zeroed bytes [size] in the first neighbour's memory, seen by all of them."""
         first = self.neighbours[0] == self.rank
-        parts, fence = self._shared(size if first else 0, size)
+        parts, sync = self._shared(size if first else 0, size)
         if first:
             parts[0].zero_()
-        fence()
+        sync()
         self._local.Barrier()
-        fence()
-        return parts[0], fence
+        sync()
+        return parts[0], sync
 
     def _shared(self, mine: int, size: int) -> tuple[list[torch.Tensor], Callable[[], None]]:
         """Bytes of all neighbours, in memory that all of them see, and the fence for it.
@@ -183,15 +240,15 @@ class Comm:
         """
         if len(self.neighbours) == 1:
             return [torch.empty(size, dtype=torch.uint8)], lambda: None
-        info = MPI.Info.Create()
-        info.Set("alloc_shared_noncontig", "true")
-        window = MPI.Win.Allocate_shared(-(-mine // PAGE) * PAGE, 1, info, self._local)
-        info.Free()
-        self._windows.append(window)  # kept until the process ends: tensors point into it
-        parts = [window.Shared_query(k)[0] for k in range(len(self.neighbours))]
+        parts = share(mine, lambda value: gather_records(value, self._local))
+        if parts is not None:
+            return [part[:size] for part in parts], fence
+        window = MPI.Win.Allocate_shared(-(-mine // PAGE) * PAGE, 1, MPI.INFO_NULL, self._local)
+        self.keep(window)  # tensors point into it
+        queried = [window.Shared_query(k)[0] for k in range(len(self.neighbours))]
         window.Lock_all()
         empty = torch.empty(0, dtype=torch.uint8)
-        return [torch.frombuffer(p, dtype=torch.uint8)[:size] if len(p) else empty for p in parts], window.Sync
+        return [torch.frombuffer(p, dtype=torch.uint8)[:size] if len(p) else empty for p in queried], window.Sync
 
     def alive(self, rank: int) -> bool:
         """Whether a neighbour's process still runs; True for ranks elsewhere, of which one cannot know."""
@@ -211,13 +268,7 @@ class Comm:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order, on every rank (collective)."""
-        mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        sizes = np.empty(self.size, np.int64)
-        self._world.Allgather(np.array([len(mine)], np.int64), sizes)
-        everyone = np.empty(int(sizes.sum()), np.uint8)
-        self._world.Allgatherv(mine, (everyone, sizes))
-        ends = np.cumsum(sizes)
-        return [json.loads(everyone[e - s : e].tobytes()) for s, e in zip(sizes, ends, strict=True)]
+        return gather_records(value, self._world)
 
     def sum_counts(self, count: int) -> int:
         """The sum of every rank's count (collective); integers, so no order to agree on."""
@@ -239,7 +290,8 @@ class Comm:
                 failure, answer = error, {"failed": f"{type(error).__name__}: {error}"}
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = np.array([len(text)], np.int64)
-        self._world.Bcast(size)
+        with self._waits(self.name_of(0) if self.hosts else "rank 0"):
+            self._world.Bcast(size)
         body = text.copy() if self.rank == 0 else np.empty(int(size[0]), np.uint8)
         self._world.Bcast(body)
         if failure is not None:
@@ -270,7 +322,17 @@ class Comm:
 
     def barrier(self) -> None:
         """Wait until every rank is here (collective)."""
-        self._world.Barrier()
+        with self._waits("all ranks to come so far"):
+            self._world.Barrier()
+
+    @contextmanager
+    def _waits(self, what: str) -> Iterator[None]:
+        """A call in which this rank may wait long, named for whoever must explain a hang."""
+        self.waiting = what
+        try:
+            yield
+        finally:
+            self.waiting = ""
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag was up at the previous call: non-blocking, one turn late, the same on all ranks."""
@@ -285,7 +347,8 @@ class Comm:
         if self._pending is None:
             return False
         request, result = self._pending
-        request.Wait()
+        with self._waits("the answer of all ranks whether to stop"):
+            request.Wait()
         self._pending = None
         return bool(result[0])
 
@@ -293,21 +356,30 @@ class Comm:
 
     def sending(self, tensor: torch.Tensor, to: int, tag: int) -> Message:
         """A message that will carry a contiguous tensor's values to a rank, as often as it is started."""
-        full = self._messages.Send_init(_buffer(tensor), to, tag)
-        empty = self._messages.Send_init([_NOTHING, 0, MPI.BYTE], to, tag)
-        return Message(to, full, empty, MPI.Status())
+
+        def prepare(part: torch.Tensor) -> Message:
+            full = self._messages.Send_init(_buffer(part), to, tag)
+            return Straight(to, full, self._messages.Send_init([_NOTHING, 0, MPI.BYTE], to, tag), MPI.Status())
+
+        return self.transport.staging.sending(tensor, prepare) if self.transport.staged else prepare(tensor)
 
     def receiving(self, tensor: torch.Tensor, source: int, tag: int) -> Message:
         """A message that will fill a contiguous tensor with a rank's values, or leave it, if an empty one comes."""
-        return Message(source, self._messages.Recv_init(_buffer(tensor), source, tag), None, MPI.Status())
+
+        def prepare(part: torch.Tensor) -> Message:
+            return Straight(source, self._messages.Recv_init(_buffer(part), source, tag), None, MPI.Status())
+
+        return self.transport.staging.receiving(tensor, prepare) if self.transport.staged else prepare(tensor)
 
     def all_values(self, mine: np.ndarray) -> np.ndarray:
         """Every rank's float64 values, in rank order (collective)."""
         mine = np.ascontiguousarray(mine, np.float64)
         sizes = np.empty(self.size, np.int64)
-        self._world.Allgather(np.array([len(mine)], np.int64), sizes)
+        with self._waits("all ranks' values"):
+            self._world.Allgather(np.array([len(mine)], np.int64), sizes)
         everyone = np.empty(int(sizes.sum()))
-        self._world.Allgatherv(mine, (everyone, sizes))
+        with self._waits("all ranks' values"):
+            self._world.Allgatherv(mine, (everyone, sizes))
         return everyone
 
     def from_root_(self, flat: torch.Tensor) -> None:
@@ -330,37 +402,15 @@ class Comm:
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(1.0)  # the launcher passes on what was said last, before it hears of the abort and ends everything
+        last = threading.Timer(ABORT_S, os._exit, (code,))  # a rank that is cut off has no launcher that would end it
+        last.daemon = True
+        last.start()
         MPI.COMM_WORLD.Abort(code)
 
 
-class Message:
-    """A message between two ranks, prepared once and started every turn.
-
-    peer      the other rank
-    received  bytes that came, after `arrived` was true: 0 for an empty message
-    """
-
-    def __init__(self, peer: int, full: Any, empty: Any, status: Any):
-        self.peer, self._full, self._empty, self._status = peer, full, empty, status
-        self._under_way: Any = None
-        self.received = 0
-
-    def start(self, empty: bool = False) -> None:
-        """Set out; `empty`: without the tensor's values (a sender's choice)."""
-        self._under_way = self._empty if empty else self._full
-        self._under_way.Start()
-
-    def arrived(self) -> bool:
-        """Whether it is through: what was sent may be changed, what was awaited is there."""
-        if self._under_way is None:
-            return True
-        if not self._under_way.Test(self._status):
-            return False
-        self._under_way = None
-        self.received = self._status.Get_count(MPI.BYTE) if self._empty is None else 0
-        return True
-
-
-def _buffer(host: torch.Tensor) -> list[Any]:
-    """A contiguous host tensor of any dtype as an MPI buffer of bytes (numpy has no bfloat16)."""
-    return [host.detach().view(torch.uint8).numpy(), MPI.BYTE]
+def _buffer(tensor: torch.Tensor) -> list[Any]:
+    """A contiguous tensor of any dtype as an MPI buffer of bytes (numpy has no bfloat16, and sees no GPU's memory)."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)  # what made it was queued; later on, marks are awaited (`lane.py`)
+        return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size()), MPI.BYTE]
+    return [tensor.detach().view(torch.uint8).numpy(), MPI.BYTE]

@@ -24,20 +24,18 @@ from typing import NamedTuple
 
 import torch
 
-from collectives.comm import Comm
+from collectives.comm import Comm, PeerLost
 from collectives.lane import lane_of
 from collectives.plan import Block, Get, Parcel, Plan, Work
 from kernels.window import Flags, Meeting, TreeSum
 
 LOOK_S = 0.1  # how often a rank that waits looks whether the awaited one still lives
-NAP_S = 1e-4  # between two looks of the thread beside backward
+NAP_S = 1e-4  # between two looks of who has nothing else to do
+LONG_NAP_S = 5e-4  # between two looks of the thread beside backward: the cores are backward's
+AT_ONCE = 4  # buckets that this thread looks after; those behind them are not through before them
 SPIN_S = 3e-4  # how long a rank that only waits keeps looking without a nap
 
 Apply = Callable[[torch.Tensor, int], None]  # (the sum of a block, its first float): write the result into `common`
-
-
-class PeerLost(RuntimeError):
-    """A rank that the exchange waits for is gone; the message names it, and the bucket."""
 
 
 class Wait(NamedTuple):
@@ -108,9 +106,8 @@ class Exchange:
         blocks = [block for work in self.plan.work for own in work.own for block in own.blocks]
         sums = [block.sum_up for block in blocks if isinstance(block.sum_up, TreeSum)]
         plain &= self.plan.wire is None and len(self.comm.islands) == 1 and len(sums) == len(blocks) <= 1
-        if not plain or self.flags.library is None:
-            return None
-        return Meeting(self.flags, self.me, 0, 1, sums[0] if sums else None)
+        plain &= self.flags.library is not None and self.common.device.type == "cpu"
+        return Meeting(self.flags, self.me, 0, 1, sums[0] if sums else None) if plain else None
 
     # -- one turn ---------------------------------------------------------------------------------------------------
 
@@ -146,7 +143,8 @@ class Exchange:
     def finish(self) -> bool:
         """Until every bucket's result is in `common`, or, if deferred, every sum is there.
 
-        Returns whether any split of any rank had something to add. Raises PeerLost, or what `apply` raised.
+        Returns whether any split of any rank had something to add (if deferred, only `share` can tell). Raises
+        PeerLost, or what `apply` raised.
         """
         self._finishing = True
         with self._lock:
@@ -165,10 +163,10 @@ class Exchange:
         self._finishing = False
         return self.learned
 
-    def share(self) -> None:
-        """After `finish` of a deferred exchange: apply, and bring the results to every rank."""
+    def share(self) -> bool:
+        """After `finish` of a deferred exchange: apply, and bring the results to every rank; returns as `finish`."""
         self._released = True
-        self.finish()
+        return self.finish()
 
     def sum_now(self) -> None:
         """A whole turn at once, of gradients that lie in the leaves already, where every rank holds one split."""
@@ -236,10 +234,10 @@ class Exchange:
             return not self._runs
         return all(run.wait is HELD for run in self._runs)
 
-    def _advance(self) -> bool:
-        """Let every bucket go as far as it can; whether any did. What is raised ends all of them."""
+    def _advance(self, at_most: int | None = None) -> bool:
+        """Let every bucket, or the first so many, go as far as it can; whether any did. What is raised ends all."""
         moved = False
-        for run in list(self._runs):
+        for run in [run for run in self._runs if self._released or run.wait is not HELD][:at_most]:
             try:
                 while self._released if run.wait is HELD else run.wait.over(0.0):
                     moved = True
@@ -290,8 +288,13 @@ class Exchange:
             self._wake.wait()
             self._wake.clear()
             while self._runs and self._failure is None and not self._finishing:
-                self.poll()
-                time.sleep(NAP_S)
+                moved = False
+                if self._lock.acquire(blocking=False):
+                    try:
+                        moved = self._advance(AT_ONCE)
+                    finally:
+                        self._lock.release()
+                time.sleep(NAP_S if moved else LONG_NAP_S)
 
     # -- a bucket's way ---------------------------------------------------------------------------------------------
 
@@ -325,7 +328,8 @@ class Exchange:
         summed = time.monotonic_ns()
         self.note(f"bucket {bucket} reduce", began, summed)
         if self.deferred:
-            yield HELD
+            sent = [self._came(duty.target, "readiness to receive") for duty in work.duties]
+            yield from (*self._drained(self.lane.mark()), *sent, HELD)  # while it is held nobody looks after messages
             summed = time.monotonic_ns()
         for own in work.own:
             if anywhere and self.deferred:

@@ -7,10 +7,13 @@ passed. This file is the one place that knows the difference.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+NAP_S = 5e-5  # between two looks at a GPU
 
 
 class Lane:
@@ -20,6 +23,9 @@ class Lane:
     def working(self) -> Iterator[None]:
         """A stretch of the exchange's own work."""
         yield
+
+    def follow(self) -> None:
+        """The exchange's next work comes after what this thread has queued so far."""
 
     def mark(self) -> Callable[[float], bool] | None:
         """Whether what this thread queued so far is done, to be asked again and again; None: it is."""
@@ -37,10 +43,19 @@ class StreamLane(Lane):
         with torch.cuda.stream(self.stream):
             yield
 
+    def follow(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+
     def mark(self) -> Callable[[float], bool] | None:
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream())
-        return lambda patience: event.query()
+        event.record(torch.cuda.current_stream(self.stream.device))
+
+        def over(patience: float) -> bool:
+            if patience and not event.query():
+                time.sleep(min(patience, NAP_S))
+            return event.query()
+
+        return over
 
 
 def lane_of(device: torch.device) -> Lane:

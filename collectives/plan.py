@@ -22,7 +22,7 @@ from collectives.leaves import Leaves
 from collectives.tree import Node, nodes_within, program
 from kernels.window import ADD, TreeSum
 
-BLOCK = 1 << 18  # floats that are summed and updated at a time: they stay in the cache in between
+BLOCK = 1 << 18  # floats that a CPU sums and updates at a time: they stay in the cache in between
 STREAM_FLOATS = 1 << 22  # sums that are the result, and of at least so many floats in all, go past the caches
 
 
@@ -134,7 +134,9 @@ class Plan:
         self.ring, self.wire, self.totals = algorithm == "ring", leaves.wire, totals
         self.places = max(map(len, layout.islands))
         self.parts = max(len(self._nodes(i)) for i in range(len(layout.islands)))
-        self.scratch = torch.zeros(min(BLOCK, layout.size))
+        longest = max(high - low for low, high in layout.buckets)
+        self.block = min(BLOCK, longest) if final.device.type == "cpu" else longest
+        self.scratch = self._zeros(self.block)
         self.work = [self._work(bucket) for bucket in range(len(layout.buckets))]
 
     @property
@@ -167,6 +169,9 @@ class Plan:
         """A number for a message that no other message of a turn between the same ranks has."""
         piece = (2 * bucket + result) * len(self.layout.islands) + island
         return (piece * self.places + place) * self.parts + part
+
+    def _zeros(self, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(count, dtype=dtype, device=self.final.device)
 
     def _wired(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.wire is None else torch.empty_like(values, dtype=self.wire)
@@ -219,7 +224,7 @@ class Plan:
             source, parts = None, [self._joined(near)]
             if hop > 1:
                 before = self.layout.partner(place, (mine - 1) % len(self.layout.islands))
-                source = self._receive(torch.zeros(size), before, self._tag(bucket, False, island, place))
+                source = self._receive(self._zeros(size), before, self._tag(bucket, False, island, place))
                 parts = [[source.values], *parts]
             to = piece.owner
             if hop < len(self.layout.islands) - 1:
@@ -230,7 +235,7 @@ class Plan:
         duties = []
         for part, node in enumerate(self._nodes(mine)):
             within = [n for n in near if node[0] <= n[0] and n[1] <= node[1]]
-            out = torch.zeros(size) if self.layout.everyone and len(within) > 1 else near[within[0]]
+            out = self._zeros(size) if self.layout.everyone and len(within) > 1 else near[within[0]]
             target = self._send(out, piece.owner, self._tag(bucket, False, island, place, part))
             duties.append(Duty(None, self._tree_sum(node, near, out) if len(within) > 1 else _nothing, target))
         return duties
@@ -252,30 +257,31 @@ class Plan:
         mine, islands = self.comm.island, self.layout.islands
         near = self.leaves.near(piece.low, piece.high)
         size = piece.high - piece.low
-        streams = self.totals == "result" and self.layout.size >= STREAM_FLOATS
+        large = self.totals == "result" and self.layout.size >= STREAM_FLOATS
+        streams = large and self.result.data_ptr() != self.leaves.first.data_ptr()
         others = [i for i in range(len(islands)) if i != mine]
         sources: list[Parcel] = []
         far: dict[Node, torch.Tensor] = {}
         if self.ring and others:
             before = self.layout.partner(place, (mine - 1) % len(islands))
-            sources = [self._receive(torch.zeros(size), before, self._tag(bucket, False, mine, place))]
+            sources = [self._receive(self._zeros(size), before, self._tag(bucket, False, mine, place))]
         elif others:
             for island in others:
                 for part, node in enumerate(self._nodes(island)):
                     tag = self._tag(bucket, False, mine, place, part)
-                    sources.append(self._receive(torch.zeros(size), self.layout.partner(place, island), tag))
+                    sources.append(self._receive(self._zeros(size), self.layout.partner(place, island), tag))
                     far[node] = sources[-1].values
         ahead = [(mine + 1) % len(islands)] if self.ring else others
         result = self.result[piece.low : piece.high]
-        change = torch.zeros(size, dtype=self.wire) if self.wire is not None else None
+        change = self._zeros(size, self.wire) if self.wire is not None else None
         targets = [] if self.layout.everyone else [
             self._carry(result if change is None else change, i, place, self._tag(bucket, True, mine, place))
             for i in ahead if i != mine
         ]
-        total = torch.zeros(size) if self.totals == "kept" else result
+        total = self._zeros(size) if self.totals == "kept" else result
         blocks = []
-        for at in range(0, size, BLOCK if self.totals == "scratch" else max(size, 1)):
-            cut = slice(at, min(size, at + BLOCK) if self.totals == "scratch" else size)
+        for at in range(0, size, self.block if self.totals == "scratch" else max(size, 1)):
+            cut = slice(at, min(size, at + self.block) if self.totals == "scratch" else size)
             out = self.scratch[: cut.stop - cut.start] if self.totals == "scratch" else total[cut]
             if self.ring and sources:
                 leaves = [sources[0].values, *self._joined(near)]
@@ -292,7 +298,7 @@ class Plan:
     def _get(self, bucket: int, island: int, place: int, piece: Piece, hop: int) -> Get:
         mine, islands = self.comm.island, len(self.layout.islands)
         result = self.result[piece.low : piece.high]
-        carried = result if self.wire is None else torch.zeros(len(result), dtype=self.wire)
+        carried = result if self.wire is None else self._zeros(len(result), self.wire)
         tag = self._tag(bucket, True, island, place)
         source = self.layout.partner(place, (mine - 1) % islands) if self.ring and hop > 1 else piece.owner
         onward = self.ring and hop < islands - 1

@@ -80,7 +80,7 @@ def _guarded(act: Any, arguments: argparse.Namespace) -> int:
 def _with_ranks(act: Any, arguments: argparse.Namespace) -> int:
     """Run a command on every rank. What one rank alone raises aborts the job; what all raise ends it quietly."""
     try:
-        from collectives.comm import Comm, LaunchError, RootFailed
+        from collectives.comm import Comm, LaunchError, PeerLost, RootFailed
         from collectives.strategy import TrainingFailed
     except (ImportError, RuntimeError) as error:  # mpi4py found no MPI library
         print(f"trireme {arguments.command}: MPI cannot be loaded ({error}); see 'trireme doctor'", file=sys.stderr)
@@ -99,7 +99,7 @@ def _with_ranks(act: Any, arguments: argparse.Namespace) -> int:
         code = 130
     except Exception as error:
         code = 1
-        expected = isinstance(error, ValueError | OSError | LaunchError | TrainingFailed)
+        expected = isinstance(error, ValueError | OSError | LaunchError | PeerLost | TrainingFailed)
         who = comm.label if comm is not None else ""
         where = f"{error.__notes__[0]}: " if getattr(error, "__notes__", None) else ""
         text = str(error) if expected else "".join(traceback.format_exception(error))

@@ -30,7 +30,9 @@ EXAMPLES = """examples:
   trireme bench data --data data/demo/train            on your own
   trireme bench train                                  a training step beside a plain torch loop, 2 ranks beside 1
   trireme bench train --precision bfloat16 --ranks 1,2,4 --out results.jsonl
-  trireme bench train --layers 3 --width 512 --batch 512 --rounds 5
+  trireme bench train --layers 3 --width 512 --batch 512 --repeat 5
+  trireme bench train --hosts 2 --link 1gbit --batch 4096   how much of the exchange hides behind backward
+  trireme bench allreduce --plot all-reduce.png        sums of gradients beside MPI's, gloo's, and the limit
 
 Every line of standard output is a JSON object. See benchmarks/README.md for how to read them.
 """
@@ -42,7 +44,16 @@ TRAIN_EXAMPLES = """examples:
   trireme bench train
   trireme bench train --precision bfloat16
   trireme bench train --layers 7 --width 2048 --classes 9304 --batch 1024 --ranks 1,2,4 --steps 3
+  trireme bench train --hosts 2 --link 1gbit --batch 4096
 """
+ALLREDUCE_EXAMPLES = """examples:
+  trireme bench allreduce --plot all-reduce.png        one host with 2 and 4 ranks, and two throttled hosts
+  trireme bench allreduce --ranks 2 --sizes 1K,64M,256M --out results.jsonl
+  trireme bench allreduce --ranks 2,4 --hosts 2 --link 1gbit --bucket 4M
+"""
+KIB = 1 << 10
+SIZES = [KIB << shift for shift in range(0, 20, 2)]  # 1 KiB to 256 MiB
+UNITS = {"": 1, "K": KIB, "M": KIB << 10, "G": KIB << 20}
 
 
 class Benchmark(NamedTuple):
@@ -77,19 +88,53 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation", choices=("sigmoid", "relu"), default="sigmoid")
     parser.add_argument("--batch", type=number, default=1024, help="frames of a step, over all splits (default 1024)")
     parser.add_argument(
-        "--ranks", type=_numbers, default=[1, 2], metavar="K,K", help="numbers of ranks (default 1,2)"
+        "--ranks", type=_dividing, default=[1, 2], metavar="K,K", help="numbers of ranks (default 1,2)"
+    )
+    parser.add_argument(
+        "--hosts", type=number, default=1, metavar="H", help="pretend hosts on this machine (default 1: itself)"
+    )
+    parser.add_argument("--link", default="1gbit", help="rate of every pretend host's link (default 1gbit)")
+    parser.add_argument(
+        "--bucket", type=_size, default=UNITS["M"], metavar="B",
+        help="bytes that several hosts exchange at a time (default 1M)",
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="(default cpu)")
     parser.add_argument("--threads", type=number, default=1, help="threads a rank (default 1)")
     parser.add_argument("--steps", type=number, default=4, help="steps a turn, after one that settles (default 4)")
-    parser.add_argument("--repeat", type=number, default=10, metavar="R", help="turns of every side (default 10)")
+    parser.add_argument("--repeat", type=number, default=15, metavar="R", help="turns of every side (default 15)")
     parser.add_argument("--bind", action="store_true", help="let mpiexec bind every rank to a core of its own")
+
+
+def allreduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = ALLREDUCE_EXAMPLES
+    parser.add_argument(
+        "--sizes", type=_sizes, default=SIZES, metavar="B,B", help="bytes; K, M: KiB, MiB (default 1K,4K,16K ... 256M)"
+    )
+    parser.add_argument("--ranks", type=_numbers, metavar="K,K", help="numbers of ranks, over all hosts")
+    parser.add_argument(
+        "--hosts", type=_numbers, metavar="H,H",
+        help="numbers of pretend hosts on this machine (default, without --ranks: 2 and 4 ranks on one, 2 on two)",
+    )
+    parser.add_argument("--link", default="1gbit", help="rate of every pretend host's link (default 1gbit)")
+    parser.add_argument("--rounds", type=_positive(int), default=15, metavar="R", help="turns of all (default 15)")
+    parser.add_argument(
+        "--seconds", type=_positive(float), default=60.0, metavar="S",
+        help="begin no further round of a size after so long, but for the first three (default 60)",
+    )
+    parser.add_argument(
+        "--bucket", type=_size, default=UNITS["M"], metavar="B",
+        help="bytes that several hosts exchange at a time (default 1M); within a host all at once",
+    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the result (PNG)")
 
 
 BENCHMARKS = {
     "data": Benchmark("loading, shuffling and stacking frames; waiting for them", "hpc.bench_data", data_arguments),
     "train": Benchmark("a whole training step, alone and on several ranks", "hpc.bench_train", train_arguments),
+    "allreduce": Benchmark(
+        "sums of gradients beside MPI, gloo and the machine's limit", "hpc.bench_allreduce", allreduce_arguments
+    ),
 }
 
 
@@ -242,6 +287,26 @@ def _numbers(text: str) -> list[int]:
         found = sorted({int(word) for word in text.split(",")})
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 1,2,4") from error
-    if not found or found[0] < 1 or any(found[-1] % k for k in found):
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': every number must be above 0")
+    return found
+
+
+def _dividing(text: str) -> list[int]:
+    found = _numbers(text)
+    if any(found[-1] % k for k in found):
         raise argparse.ArgumentTypeError(f"'{text}': every number must be above 0 and divide the largest")
     return found
+
+
+def _size(text: str) -> int:
+    """Bytes: "4096", "4K", "1M"; whole float32 values."""
+    word = text.strip().upper().removesuffix("IB")
+    digits, unit = (word[:-1], word[-1]) if word[-1:].isalpha() else (word, "")
+    if not digits.isdigit() or unit not in UNITS or not int(digits) or int(digits) * UNITS[unit] % 4:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 4K or 256M, a multiple of 4 bytes")
+    return int(digits) * UNITS[unit]
+
+
+def _sizes(text: str) -> list[int]:
+    return sorted({_size(word) for word in text.split(",")})

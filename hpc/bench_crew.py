@@ -16,9 +16,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc.doctor import LAUNCH_NAMES
+
+if TYPE_CHECKING:
+    from hpc.hosts import Hosts  # which asks here for the launcher
 
 START_S = 300.0  # importing torch on a busy file system can take minutes
 CLOSE_S = 30.0
@@ -38,7 +41,7 @@ class Gate:
         self.report(hello)
 
     def wait(self) -> int:
-        """Block until the driver says how many steps to take; 0: end."""
+        """Block until the driver says what to do, mostly how many steps to take; 0: end."""
         return int(self._lines.readline() or 0)
 
     def report(self, record: Any) -> None:
@@ -57,26 +60,29 @@ class Crew:
     spec     JSON values for the workers
     bind     whether to bind every rank to a core of its own
     folder   an existing folder for the socket and the log; its path must be short (a Unix socket's is limited)
+    hosts    pretend hosts, up, to spread the ranks over evenly, in runs; None: all of them here
 
-    Raises OSError, with the end of what the workers said, if they end before they are told to.
+    Raises ValueError if the ranks cannot be spread evenly; OSError, with the end of what the workers said, if they end
+    before they are told to.
     """
 
     def __init__(
-        self, label: str, ranks: int, module: str, spec: dict[str, Any], *, folder: Path, bind: bool = False
+        self, label: str, ranks: int, module: str, spec: dict[str, Any], *, folder: Path, bind: bool = False,
+        hosts: Hosts | None = None,
     ):
         self.label, self.ranks = label, ranks
         self._log = folder / f"{label.replace(' ', '-')}.log"
         address = str(folder / f"{label.replace(' ', '-')}.sock")
-        binding = ["-bind-to", "core"] if bind else []
-        words = json.dumps(spec | {"address": address})
-        command = [mpiexec(), *binding, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", module, words]
+        worker = [sys.executable, "-m", "mpi4py", "-m", module, json.dumps(spec | {"address": address})]
+        command, variables = _launching(worker, ranks, bind, hosts)
         self._lines: list[Any] = []
         with socket.socket(socket.AF_UNIX) as listener, open(self._log, "w", encoding="utf-8") as log:
             listener.bind(address)
             listener.listen(ranks)
             listener.settimeout(0.5)
             self._process = subprocess.Popen(
-                command, env=outside_a_job(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, env=outside_a_job() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
             )
             try:
                 lines = [self._accept(listener, time.monotonic() + START_S) for _ in range(ranks)]
@@ -86,11 +92,11 @@ class Crew:
                 self._process.kill()
                 raise
 
-    def take(self, steps: int) -> list[Any]:
-        """Let every worker take some steps; what each reports of them."""
+    def take(self, number: int) -> list[Any]:
+        """Let every worker take so many steps, or whatever its module makes of a number; what each reports."""
         try:
             for line in self._lines:
-                line.write(f"{steps}\n")
+                line.write(f"{number}\n")
                 line.flush()
             return [self._read(line) for line in self._lines]
         except ConnectionError as error:
@@ -132,6 +138,18 @@ class Crew:
         code = self._process.poll()
         state = "do not answer" if code is None else f"ended with exit code {code}"
         return OSError(f"the workers of '{self.label}' {state}; what they said last:\n" + "\n".join(said))
+
+
+def _launching(
+    worker: list[str], ranks: int, bind: bool, hosts: Hosts | None
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts workers, and additions to the environment."""
+    if hosts is None:
+        return [mpiexec(), *(["-bind-to", "core"] if bind else []), "-n", str(ranks), *worker], {}
+    each, rest = divmod(ranks, len(hosts.names))
+    if rest or not each:
+        raise ValueError(f"{ranks} ranks cannot be spread evenly over {len(hosts.names)} hosts; use a multiple")
+    return hosts.mpiexec([each] * len(hosts.names), worker)
 
 
 def mpiexec() -> str:

@@ -1,7 +1,8 @@
 """The peer of the training benchmark: a plain torch training loop of the same model, as one would write it by hand.
 
-Started as `python -m mpi4py -m hpc.bench_loop SPEC`, once or several times side by side. It knows nothing of Trireme
-but the gate it waits at: torch modules, `torch.optim.SGD` with momentum, batches stacked in memory beforehand.
+Started as `python -m mpi4py -m hpc.bench_loop SPEC`, once or several times side by side; with a `store` (a path to meet
+at) in SPEC, the loops are one of torch's DistributedDataParallel on gloo. It knows nothing of Trireme but the gate it
+waits at: torch modules, `torch.optim.SGD` with momentum, batches stacked in memory beforehand.
 
 Legend: N batches in memory, B frames of a batch, I values of a stacked window.
 """
@@ -9,14 +10,17 @@ Legend: N batches in memory, B frames of a batch, I values of a stacked window.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from itertools import count, pairwise
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc.bench_crew import Gate
 
@@ -32,19 +36,38 @@ def plain_model(inputs: int, layers: int, width: int, classes: int, activation: 
     return nn.Sequential(*stack, nn.Linear(width if layers else inputs, classes))
 
 
+def join_gloo(store: str, size: int, interface: str, rank: int | None = None) -> int:
+    """Become one of `size` processes of torch.distributed on gloo (collective); the rank.
+
+    store      a file on a file system that all of them see; made anew
+    interface  the network they talk over: "lo", "eth0"
+    rank       None: in the order in which they come
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    met = torch.distributed.FileStore(store, size)
+    if rank is None:
+        rank = met.add("came", 1) - 1
+    torch.distributed.init_process_group("gloo", store=met, rank=rank, world_size=size)
+    return rank
+
+
 def work(spec: dict[str, Any]) -> None:
     """Train until dismissed."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(1)
     wanted = spec["device"]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
-    model = plain_model(spec["inputs"], spec["layers"], spec["width"], spec["classes"], spec["activation"]).to(device)
+    model: nn.Module = plain_model(*(spec[key] for key in ("inputs", "layers", "width", "classes", "activation")))
+    model, rank = model.to(device), 0
+    parameters = sum(p.numel() for p in model.parameters())
+    if "store" in spec:
+        rank = join_gloo(spec["store"], spec["ranks"], spec["interface"])
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=spec["learning_rate"], momentum=spec["momentum"])
     inputs_NBI = torch.randn(BATCHES, spec["batch"], spec["inputs"]).to(device)
     labels_NB = torch.randint(spec["classes"], (BATCHES, spec["batch"])).to(device)
     mixed = spec["precision"] == "bfloat16"
-    parameters = sum(p.numel() for p in model.parameters())
-    gate = Gate(spec["address"], {"rank": 0, "parameters": parameters, "device": str(device)})
+    gate = Gate(spec["address"], {"rank": rank, "parameters": parameters, "device": str(device)})
     total = 0.0
     for turn in count():
         steps = gate.wait()

@@ -1,8 +1,9 @@
 """A rank of a benchmark: Trireme's own training loop on a real recipe, stepped from outside.
 
-Started as `python -m mpi4py -m hpc.bench_worker SPEC`; SPEC is JSON: the driver's `address`, `recipe` as nested tables.
-Nothing of the loop is copied: the job is built by `hpc.build` and run by `hpc.train`; only its Meter is exchanged for
-one that notes what every step cost and waits for the driver between turns.
+Started as `python -m mpi4py -m hpc.bench_worker SPEC`; SPEC is JSON: the driver's `address`, `recipe` as nested tables,
+and perhaps `alone`: whether to time the strategy's exchange by itself too, after every turn. Nothing of the loop is
+copied: the job is built by `hpc.build` and run by `hpc.train`; only its Meter is exchanged for one that notes what
+every step cost and waits for the driver between turns.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from collectives.comm import Comm
@@ -28,11 +30,16 @@ class Dismissed(Exception):
 
 
 class PacedMeter(Meter):
-    """A Meter that keeps the seconds of every step and its phases, and waits at a gate when its steps are used up."""
+    """A Meter that keeps the seconds of every step and its phases, and waits at a gate when its steps are used up.
 
-    def __init__(self, meter: Meter, gate: Gate):
+    meter  the job's own
+    gate   tells how many steps a turn has
+    alone  run at the end of every turn; its seconds are reported with each of the turn's steps. None: nothing
+    """
+
+    def __init__(self, meter: Meter, gate: Gate, alone: Callable[[], object] | None = None):
         super().__init__(meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress, active=meter.active)
-        self.gate = gate
+        self.gate, self.alone = gate, alone
         self.steps: list[dict[str, float]] = []
         self.left = gate.wait()
         self._mark()
@@ -48,12 +55,23 @@ class PacedMeter(Meter):
         self.steps.append({"seconds": time.perf_counter() - self._began, "cpu": cpu, **phases})
         self.left -= 1
         if not self.left:
+            if self.alone is not None:
+                seconds = self._alone(self.alone)
+                self.steps = [step | {"alone": seconds} for step in self.steps]
             self.gate.report(self.steps)
             self.steps = []
             self.left = self.gate.wait()
             if not self.left:
                 raise Dismissed
         self._mark()
+
+    def _alone(self, act: Callable[[], object]) -> float:
+        """Seconds of `act` from a common start, after one that only settles (collective)."""
+        act()
+        self.comm.barrier()
+        began = time.perf_counter()
+        act()
+        return time.perf_counter() - began
 
 
 def work(spec: dict[str, Any]) -> None:
@@ -71,7 +89,9 @@ def work(spec: dict[str, Any]) -> None:
         "rank": comm.rank, "parameters": job.saver.flat.count, "device": str(device.torch),
         "bytes_exchanged": job.saver.flat.size * 4,
     }
-    job.meter = PacedMeter(job.meter, Gate(spec["address"], hello))
+    exchange = getattr(job.strategy, "exchange", None)  # some strategies have none
+    alone = exchange.run_through if exchange is not None and spec.get("alone") else None
+    job.meter = PacedMeter(job.meter, Gate(spec["address"], hello), alone)
     try:
         if train(job, at):
             raise ValueError(f"the data set is used up after {job.schedule.steps} steps; give the benchmark more data")

@@ -119,7 +119,8 @@ def make_job(
 
     Raises ValueError or OSError, saying what to do, for anything that cannot be trained with.
     """
-    comm = comm.with_splits(recipe.splits)
+    asked = getattr(recipe.strategy, "algorithm", "")
+    comm = comm.with_splits(recipe.splits).on(device.torch, nccl=asked == "nccl")
     fields = comm.on_root(lambda: _checked_fields(recipe))
     task = make_task(recipe, fields)
     kind: Any = registry()["strategy"][recipe.strategy.name]
@@ -138,8 +139,9 @@ def make_job(
     strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
-    logging.getLogger("trireme").info("exchange: %s", settled.get("said", "as the strategy does it"))
-    watchdog.about = strategy.waiting_for
+    said = settled.get("said", "as the strategy does it")
+    logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
+    watchdog.about = lambda: strategy.waiting_for() or comm.waiting and f"waiting for {comm.waiting}"
     batches = Batches(
         train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed, place=device.place,

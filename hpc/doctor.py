@@ -169,16 +169,34 @@ def print_world() -> None:
     import numpy as np
     from mpi4py import MPI
 
+    from collectives.aware import cuda_aware
+
     total = np.zeros(1, np.int64)
     MPI.COMM_WORLD.Allreduce(np.ones(1, np.int64), total)
-    query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", int)
+    cuda, why = cuda_aware(ctypes.CDLL(MPI.__file__), MPI.Get_library_version(), os.environ)
     multiple = MPI.Query_thread() == MPI.THREAD_MULTIPLE
-    answer: dict[str, Any] = {"size": int(total[0]), "multiple": multiple, "cuda": bool(query())}
+    answer: dict[str, Any] = {"size": int(total[0]), "multiple": multiple, "cuda": cuda, "cuda_why": why}
+    if Path("/dev/nvidiactl").exists():
+        answer["exchange"] = exchange_here()
     if len(sys.argv) > 1:
         from collectives.comm import Comm
 
         answer["records"] = Comm().gather(json.loads(sys.argv[1]))
     print(f"\n{json.dumps(answer)}", flush=True)
+
+
+def exchange_here() -> str:
+    """What the ranks of this world would exchange through, and why (collective)."""
+    try:
+        from collectives.comm import Comm
+        from hpc.runtime import Device
+        from kernels import gpu
+
+        comm = Comm()
+        transport = comm.on(Device("auto", "float32", comm.local_rank, 1).torch).transport
+        return f"{transport}; NCCL: {gpu.nccl_missing() or 'for the asking'}"
+    except Exception as error:  # a GPU that cannot be used is no reason to doubt the world
+        return f"unknown ({type(error).__name__}: {error})"
 
 
 def check_mpi(problems: Sequence[Mapping[str, str]]) -> list[Finding]:
@@ -270,6 +288,7 @@ def check_abilities(world: Mapping[str, Any]) -> list[Finding]:
     remedy = "" if world["multiple"] else "use an MPI with thread support (MPICH, Open MPI 3 or newer)"
     level = "THREAD_MULTIPLE" + ("" if world["multiple"] else " is missing: no exchange in a thread of its own")
     text = "MPI reads GPU memory itself" if world["cuda"] else "no: GPU tensors are staged through host memory"
+    text += f" ({world.get('cuda_why', '')}); exchange here: {world.get('exchange', 'window, for there is no GPU')}"
     return [Finding("threads", "note" if remedy else "ok", level, remedy),
             Finding("cuda-aware", "ok" if world["cuda"] else "note", text)]
 

@@ -7,19 +7,25 @@ import sys
 import numpy as np
 import pytest
 
+from collectives.comm import Comm
 from hpc import bench
+from hpc.bench_allreduce import LEAST_ROUNDS, Setting, settings_of
 from hpc.bench_crew import Crew, mpiexec
 from hpc.bench_data import PlainReading
+from hpc.bench_picture import draw, in_bytes
 from hpc.bench_train import Side, sides_of
+from hpc.hosts import missing_rights
 from hpc.shards import Dataset
 
 TINY = ["--layers", "1", "--width", "16", "--classes", "5", "--batch", "32", "--steps", "2", "--repeat", "2"]
 
+needs_hosts = pytest.mark.skipif(bool(reason := missing_rights()), reason=reason or "pretend hosts can be made")
 
-def launched(*words, fails=False):
+
+def launched(*words, fails=False, timeout=300):
     """The records of `trireme bench ...` in a process of its own, and what it said."""
     command = [sys.executable, "-m", "hpc", "bench", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert (done.returncode != 0) == fails, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
@@ -54,6 +60,7 @@ def test_every_side_of_the_training_step_is_measured(train_records):
     sides = [(s["impl"], s["ranks"], s.get("splits")) for s in steps]
     assert sides == [
         ("trireme", 1, 1), ("torch loop", 1, None), ("trireme", 1, 2), ("trireme", 2, 2), ("torch loop", 2, None),
+        ("torch ddp", 2, None),
     ]
     for step in steps:
         check_spread(step)
@@ -72,6 +79,118 @@ def test_quotients_of_the_training_step(train_records):
     scaled = of(train_records, "2 ranks against 1")
     assert scaled["splits"] == 2 and min(scaled[key] for key in ("speedup", "limit_speedup")) > 0
     assert not [r for r in train_records if r["what"] == "1 ranks against 1"]
+    check_against_ddp(of(train_records, "2 ranks against DDP"))
+    assert not [r for r in train_records if r["what"] == "overlap"]
+
+
+def check_against_ddp(record):
+    low, high = record["ratio_quartiles"]
+    assert 0 < record["ratio_min"] <= low <= record["ratio_of_pairs"] <= high <= record["ratio_max"]
+    assert record["ratio"] == pytest.approx(record["frames_per_s"] / record["ddp_frames_per_s"], rel=1e-3)
+    assert record["pairs"] == 2
+
+
+@needs_hosts
+def test_a_training_step_on_two_hosts_with_overlap_and_without():
+    records, _ = launched("train", *TINY, "--ranks", "1,2", "--hosts", 2, "--bucket", "4K", timeout=120)
+    steps = [(r["impl"], r["ranks"], r.get("overlap")) for r in records if r["what"] == "step"]
+    assert steps == [("trireme", 2, "on"), ("trireme", 2, "off"), ("torch ddp", 2, None)]
+    check_against_ddp(of(records, "2 ranks against DDP"))
+    overlap = of(records, "overlap")
+    assert (overlap["hosts"], overlap["link"], overlap["pairs"], overlap["bucket"]) == (2, "1gbit", 2, 4096)
+    gain = overlap["without_s"] - overlap["with_s"]
+    assert overlap["hidden"] == pytest.approx(gain / overlap["exchange_alone_s"], rel=1e-2, abs=1e-2)
+    assert min(overlap[key] for key in ("exchange_alone_s", "backward_s", "exchange_left_s")) > 0
+
+
+def check_all_reduce(records, setting, expected):
+    """One line an implementation and size, one summary an algorithm of ours and size, that agree with each other."""
+    ranks, hosts, sizes, rounds = setting
+    lines = [r for r in records if r["what"] == "all-reduce"]
+    assert [(r["impl"], r["algorithm"], r["bytes"]) for r in lines] == [(*e, s) for s in sizes for e in expected]
+    for line in lines:
+        check_spread(line)
+        assert (line["ranks"], line["hosts"], line["repetitions"]) == (ranks, hosts, rounds)
+        assert line["link"] == ("1gbit" if hosts > 1 else None) and line["repeats"] >= 1
+        assert line["gbps"] == pytest.approx(line["bytes"] / line["median_s"] / 1e9, rel=1e-3)
+    found = {(r["impl"], r["algorithm"], r["bytes"]): r for r in lines}
+    summaries = [r for r in records if r["what"] == "all-reduce against others"]
+    assert len(summaries) == len(sizes) * sum(impl == "trireme" for impl, _ in expected)
+    limit, label = ("memcpy", "of_copy_bandwidth") if hosts == 1 else ("tcp", "of_tcp_goodput")
+    for summary in summaries:
+        size = summary["bytes"]
+        ours = found["trireme", summary["algorithm"], size]
+        for peer, algorithm in (("mpi", "in place"), ("gloo", "")):
+            times = found[peer, algorithm, size]["median_s"] / ours["median_s"]
+            assert summary[f"times_{peer}"] == pytest.approx(times, rel=1e-3)
+        if hosts == 1:
+            share = ours["memory_gbps"] / found[limit, "", size]["memory_gbps"]
+            assert ours["memory_gbps"] == pytest.approx(ours["gbps"] * (ranks + 1) / ranks, rel=1e-3)
+        else:
+            share = 2 * (hosts - 1) / hosts * found[limit, "", size]["median_s"] / ours["median_s"]
+        assert summary[label] == pytest.approx(share, rel=1e-3) and summary["pairs"] == rounds
+        low, high = summary[f"{label}_quartiles"]
+        assert 0 < low <= summary[f"{label}_of_pairs"] <= high
+
+
+SMALL = ("--sizes", "64K,1K", "--rounds", 2)
+PEERS = [("mpi", "in place"), ("gloo", ""), ("memcpy", "")]
+
+
+def test_all_reduce_on_one_host(tmp_path):
+    picture, out = tmp_path / "picture.png", tmp_path / "out.jsonl"
+    records, _ = launched("allreduce", *SMALL, "--ranks", 2, "--plot", picture, "--out", out)
+    check_all_reduce(records, (2, 1, [1024, 65536], 2), [("trireme", "owners"), *PEERS])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_hosts
+def test_all_reduce_on_two_hosts():
+    records, _ = launched("allreduce", *SMALL, "--ranks", 2, "--hosts", 2, "--bucket", "16K", timeout=120)
+    algorithms = [("trireme", name) for name in ("owners", "everyone", "ring")]
+    check_all_reduce(records, (2, 2, [1024, 65536], 2), [*algorithms, *PEERS, ("tcp", "")])
+    assert {r["bucket"] for r in records if r.get("impl") == "trireme"} == {16384}
+
+
+@pytest.mark.mpi(ranks=[2], timeout=60)
+def test_a_wrong_sum_is_not_measured():
+    from hpc.bench_reducer import PERIOD, Side, check
+
+    comm = Comm()
+    given, found = np.zeros(PERIOD + 3, np.float32), np.zeros(PERIOD + 3, np.float32)
+    check(comm, Side("copy", "", given, lambda: np.copyto(found, given), found, [comm.rank]))
+    assert not given.any() and not found.any()
+    with pytest.raises(ValueError, match=f"copy : [0-9]+ of {PERIOD + 3} sums are wrong"):
+        check(comm, Side("copy", "", given, lambda: np.copyto(found, given), found, range(2)))
+
+    def all_but_one():
+        np.copyto(found, given)
+        found[-1] += comm.rank
+
+    with pytest.raises(ValueError, match=": 1 of"):
+        check(comm, Side("copy", "", given, all_but_one, found, [comm.rank]))
+
+
+def test_a_slow_size_gets_fewer_rounds():
+    words = ("--sizes", "1K", "--rounds", 50, "--seconds", 1e-6, "--ranks", 2)
+    records, _ = launched("allreduce", *words)
+    assert {r["repetitions"] for r in records if r["what"] == "all-reduce"} == {LEAST_ROUNDS}
+
+
+def test_what_is_measured_where():
+    one, two = (1, None), (2, "1gbit")
+    assert settings_of(None, None, "1gbit") == [Setting(2, *one), Setting(4, *one), Setting(2, *two)]
+    assert settings_of([2, 4], [1, 2], "1gbit") == [Setting(k, *where) for where in (one, two) for k in (2, 4)]
+    assert settings_of(None, [3], "9mbit") == [Setting(3, 3, "9mbit")]
+
+
+def test_a_picture_of_anything_that_was_measured():
+    line = {"what": "all-reduce", "impl": "trireme", "algorithm": "ring", "ranks": 3, "hosts": 3, "link": "1gbit"}
+    lines = [line | {"bytes": size, "gbps": 0.1} for size in (1024, 4096)]
+    plain = [{**lines[0], "impl": "memcpy", "algorithm": "", "hosts": 1, "link": None, "gbps": 9.0}]
+    assert len({draw(found) for found in ([], lines, lines + plain)}) == 3
+    assert (in_bytes(1 << 20), in_bytes(100)) == ("1 MiB", "100 B")
 
 
 def test_data(tmp_path):
@@ -124,6 +243,7 @@ def test_plain_reading_reads_the_same_rows_across_shards(tmp_path):
 def test_sides_share_the_splits_of_the_largest_number_of_ranks():
     assert sides_of([1]) == [Side(1, 1), Side(1, 0)]
     assert [s for s in sides_of([2, 4]) if s.splits][1:] == [Side(1, 4), Side(2, 4), Side(4, 4)]
+    assert {s.ranks for s in sides_of([1, 2, 3, 6], 3)} == {3, 6}
 
 
 def test_quotients():
@@ -134,6 +254,11 @@ def test_quotients():
 @pytest.mark.parametrize("words, said", [
     (["train", "--ranks", "2,3"], "divide the largest"),
     (["train", "--ranks", "1,2", "--batch", "33"], "multiple of 2 ranks"),
+    (["train", "--hosts", "3", "--batch", "32"], "none is a multiple of 3 hosts"),
+    (["allreduce", "--ranks", "1"], "two ranks or more"),
+    (["allreduce", "--ranks", "3", "--hosts", "2"], "a multiple of the hosts"),
+    (["allreduce", "--sizes", "1K,3"], "a multiple of 4 bytes"),
+    (["allreduce", "--sizes", "many"], "not a size such as"),
     (["data", "--gb", "0"], "not above 0"),
     (["data", "--data", "nowhere"], "not a data set"),
 ])
@@ -150,6 +275,6 @@ def test_workers_that_end_by_themselves_are_reported(tmp_path):
 
 def test_help_shows_examples_and_a_launcher_is_found():
     assert mpiexec()
-    for words in (["--help"], ["data", "--help"], ["train", "--help"]):
+    for words in (["--help"], ["data", "--help"], ["train", "--help"], ["allreduce", "--help"]):
         command = [sys.executable, "-m", "hpc", "bench", *words]
         assert "examples:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -15,7 +15,7 @@ ALLOWED = {
     "kernels": {"kernels"},
 }
 ROOMS = {
-    "mpi4py": {"collectives/comm.py", "hpc/doctor.py"},
+    "mpi4py": {"collectives/comm.py", "hpc/doctor.py", "hpc/bench_reducer.py"},
     "h5py": {"hpc/shards.py"},
     "cupy": {"kernels/gpu.py"},
     "submitit": {"jobs/submit.py"},

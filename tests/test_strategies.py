@@ -162,7 +162,8 @@ def test_a_quadratic_is_brought_to_its_minimum():
                 strategy.leave(split)
             strategy.advance(1)
         strategy.end()
-        torch.testing.assert_close(model.weight[0], targets.mean(0), rtol=0, atol=1e-6)
+        near = 1e-4 if "bfloat16" in name else 1e-6  # a wire of 8 bits does not carry the last of the way
+        torch.testing.assert_close(model.weight[0], targets.mean(0), rtol=0, atol=near)
 
 
 @laws
@@ -177,7 +178,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter():
     at = problem.flat.offsets[2] + 3 * 101 + 4
     if any(low <= at < high for low, high in problem.strategy.pieces):
         with pytest.raises(TrainingFailed, match=r"2\.weight"):
-            problem.strategy.advance(1)  # the others would wait for its piece
+            problem.strategy.advance(1)
+    else:
+        problem.strategy.exchange.poll()  # ready; to advance would be to wait for the piece of the rank that failed
     problem.comm.barrier()
 
 
