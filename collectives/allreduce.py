@@ -132,7 +132,7 @@ class AllReduce(Strategy):
         )
         return Exchange(
             comm, self.flat.weights, plan, apply=lambda total, low: None, deferred=self.clip_norm > 0,
-            threaded=self.overlap and len(comm.islands) > 1,
+            threaded=self.overlap and len(comm.islands) > 1 and comm.threads,
         )
 
     def _noted(self, name: str, begin_ns: int, end_ns: int) -> None:

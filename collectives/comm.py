@@ -155,6 +155,11 @@ class Comm:
         """Who speaks, in front of a message: "[rank 3 on node7] ", or nothing where there is one rank."""
         return f"[rank {self.rank} on {self.host}] " if self.size > 1 else ""
 
+    @property
+    def threads(self) -> bool:
+        """Whether any thread may call MPI at any time."""
+        return thread_level() == "multiple"
+
     def is_root(self) -> bool:
         """Whether this rank is rank 0: for whoever owns the display and the files of a run."""
         return self.rank == 0

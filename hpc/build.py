@@ -141,7 +141,7 @@ def make_job(
     comm.on_root(lambda: run.keep_exchange(settled))
     said = settled.get("said", "as the strategy does it")
     logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
-    watchdog.about = lambda: strategy.waiting_for() or comm.waiting and f"waiting for {comm.waiting}"
+    watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     batches = Batches(
         train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed, place=device.place,

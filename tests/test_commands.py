@@ -142,7 +142,7 @@ def test_tasks_and_strategies_of_another_package(trireme, tmp_path):
 
 COMMANDS = [
     [], ["train"], ["prepare"], ["prepare", "frames"], ["evaluate"], ["predict"], ["report"], ["compare"], ["doctor"],
-    ["bench"],
+    ["bench"], ["bench", "allreduce"], ["trace"],
 ]
 
 

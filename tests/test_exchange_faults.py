@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-
 from material import write_recipe
 
 WATCHDOG = 4.0
@@ -52,8 +52,8 @@ def pid_of(rank, recipe):
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                words = open(f"/proc/{entry}/cmdline", "rb").read().split(b"\0")
-                environment = open(f"/proc/{entry}/environ", "rb").read().split(b"\0")
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+                environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
             mine = {f"PMI_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()} & set(environment)
