@@ -76,7 +76,7 @@ class AllReduce(Strategy):
         self.filled: list[int] = []  # buckets in the order in which this rank's first backward filled them
         self.followed = False
         self.last = comm.splits[-1]
-        self.watching = False
+        self.watching = self.settled = False
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         comm, (algorithm, bucket, wire) = self.comm, self.asked
@@ -100,6 +100,7 @@ class AllReduce(Strategy):
         ]
         if self.overlap:
             self.flat.on_grad(self._grad_is_final)
+        self.settled = True
         return choice.to_dict() | {"said": str(choice)}
 
     def _place(self, low: int) -> int:
@@ -216,7 +217,7 @@ class AllReduce(Strategy):
             )
 
     def waiting_for(self) -> str:
-        return self.exchange.waiting_for()
+        return self.exchange.waiting_for() if self.settled else ""
 
     # -- state ------------------------------------------------------------------------------------------------------
 

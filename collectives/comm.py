@@ -101,12 +101,14 @@ class Comm:
             self._local = self._world.Split(island, self.rank)
         first = np.array([self.rank], np.int64)
         self._local.Bcast(first)
-        met = self.gather([int(first[0]), os.getpid(), self.host])
-        self.hosts = [host for _, _, host in met]
-        self._pids: list[int] = [pid for _, pid, _ in met]
-        firsts = [found for found, _, _ in met]
+        met = self.gather([int(first[0]), os.getpid(), self.host, _processes()])
+        self.hosts = [host for _, _, host, _ in met]
+        self._pids: list[int] = [pid for _, pid, _, _ in met]
+        firsts = [found for found, _, _, _ in met]
         self.islands: list[list[int]] = [[r for r in range(self.size) if firsts[r] == f] for f in sorted(set(firsts))]
         self.island = next(i for i, ranks in enumerate(self.islands) if self.rank in ranks)
+        spaces = [space for _, _, _, space in met]  # neighbours whose process numbers mean something here:
+        self._seen = [r for r in self.neighbours if spaces[r] and spaces[r] == spaces[self.rank]]
         self.transport = transport or Transport("window", CPU_WHY, self.islands)
         self.n_splits = self.size if n_splits is None else n_splits
         check_dealing(self.n_splits, self.size)
@@ -197,6 +199,7 @@ class Comm:
     def common(self, count: int) -> torch.Tensor:
         """One zeroed float32 buffer [count] that is the same memory for all neighbours (collective)."""
         buffer = self._first_shared(4 * count)[0].view(torch.float32)
+        self.keep(buffer)  # as long as its address stands for it
         self._commons.add(buffer.data_ptr())
         return buffer
 
@@ -257,12 +260,12 @@ class Comm:
 
     def alive(self, rank: int) -> bool:
         """Whether a neighbour's process still runs; True for ranks elsewhere, of which one cannot know."""
-        if rank not in self.neighbours:
+        if rank not in self._seen:
             return True
         try:
             status = Path(f"/proc/{self._pids[rank]}/stat").read_text()
         except OSError:
-            return not Path("/proc/self/stat").exists()  # where there is no /proc nothing is known
+            return False
         return status.rpartition(")")[2].split()[0] not in "ZX"
 
     def name_of(self, rank: int) -> str:
@@ -273,13 +276,8 @@ class Comm:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order, on every rank (collective)."""
-        return gather_records(value, self._world)
-
-    def sum_counts(self, count: int) -> int:
-        """The sum of every rank's count (collective); integers, so no order to agree on."""
-        total = np.zeros(1, np.int64)
-        self._world.Allreduce(np.array([count], np.int64), total)
-        return int(total[0])
+        with self._waits("all ranks' records"):
+            return gather_records(value, self._world)
 
     def on_root(self, act: Callable[[], Any]) -> Any:
         """Run `act` on rank 0 alone; its JSON value on every rank (collective).
@@ -295,10 +293,10 @@ class Comm:
                 failure, answer = error, {"failed": f"{type(error).__name__}: {error}"}
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = np.array([len(text)], np.int64)
-        with self._waits(self.name_of(0) if self.hosts else "rank 0"):
+        with self._waits(self.name_of(0)):
             self._world.Bcast(size)
-        body = text.copy() if self.rank == 0 else np.empty(int(size[0]), np.uint8)
-        self._world.Bcast(body)
+            body = text.copy() if self.rank == 0 else np.empty(int(size[0]), np.uint8)
+            self._world.Bcast(body)
         if failure is not None:
             raise everywhere(failure)
         answer = json.loads(body.tobytes())
@@ -359,6 +357,12 @@ class Comm:
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
+    @property
+    def most_tag(self) -> int:
+        """The largest number that a message may carry as its tag."""
+        most: Any = self._messages.Get_attr(MPI.TAG_UB)
+        return int(most)
+
     def sending(self, tensor: torch.Tensor, to: int, tag: int) -> Message:
         """A message that will carry a contiguous tensor's values to a rank, as often as it is started."""
 
@@ -411,6 +415,14 @@ class Comm:
         last.daemon = True
         last.start()
         MPI.COMM_WORLD.Abort(code)
+
+
+def _processes() -> str:
+    """Which set of process numbers this process lives in; "" where that is not known."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _buffer(tensor: torch.Tensor) -> list[Any]:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from kernels.window import Flags, Meeting, TreeSum
 LOOK_S = 0.1  # how often a rank that waits looks whether the awaited one still lives
 NAP_S = 1e-4  # between two looks of who has nothing else to do
 LONG_NAP_S = 5e-4  # between two looks of the thread beside backward: the cores are backward's
+LOOKS = 50  # of a rank that only waits, before it lets others have the core
 AT_ONCE = 4  # buckets that this thread looks after; those behind them are not through before them
 SPIN_S = 3e-4  # how long a rank that only waits keeps looking without a nap
 
@@ -91,23 +93,42 @@ class Exchange:
         self._filled: list[bool] = []
         self._started = 0
         self._failure: BaseException | None = None
-        self._since = 0.0
+        self._since = self._inline_s = 0.0
         self._released = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._finishing = self._closed = False
-        self._meeting = self._at_once()
+        self._short_cut = self._at_once()
         if threaded:
             threading.Thread(target=self._beside, name="exchange", daemon=True).start()
 
-    def _at_once(self) -> Meeting | None:
-        """The whole exchange as one call, where it is a sum within one island, in one bucket."""
-        plain = self.apply is None and self.common is self.plan.result and len(self.plan.work) == 1
-        blocks = [block for work in self.plan.work for own in work.own for block in own.blocks]
+    def _at_once(self) -> Callable[[], None] | None:
+        """A short cut through a whole turn, where it is a plain sum in one bucket on CPUs; None if there is none."""
+        work = self.plan.work[0]
+        blocks = [block for own in work.own for block in own.blocks]
         sums = [block.sum_up for block in blocks if isinstance(block.sum_up, TreeSum)]
-        plain &= self.plan.wire is None and len(self.comm.islands) == 1 and len(sums) == len(blocks) <= 1
-        plain &= self.flags.library is not None and self.common.device.type == "cpu"
-        return Meeting(self.flags, self.me, 0, 1, sums[0] if sums else None) if plain else None
+        plain = self.apply is None and self.plan.wire is None and self.common is self.plan.result
+        plain &= len(self.plan.work) == 1 and self.common.device.type == "cpu" and len(sums) == len(blocks) <= 1
+        if not plain:
+            return None
+        if len(self.comm.islands) == 1 and self.flags.library is not None:
+            meeting = Meeting(self.flags, self.me, 0, 1, sums[0] if sums else None)
+            return lambda: meeting(self.turn, self._look_after)
+        everyone = len(self.comm.neighbours) == 1 and not work.gets and len(work.duties) == len(self.comm.islands) - 1
+        return partial(self._swap, work, sums[0]) if everyone and sums else None
+
+    def _swap(self, work: Work, total: TreeSum) -> None:
+        """Everyone sends everyone what it holds, and adds up."""
+        messages = [parcel.message for parcel in (*work.awaited, *work.sent)]
+        for message in messages:
+            message.start()
+        looks = 0
+        for message in messages:
+            while not message.arrived():
+                looks += 1
+                if looks % LOOKS == 0:
+                    os.sched_yield()
+        total()
 
     # -- one turn ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +182,8 @@ class Exchange:
             if self._failure is not None:
                 raise self._failure
         self._finishing = False
+        self.active_s = max(0.0, self.active_s - self._inline_s)  # what this rank did itself was not hidden from it
+        self._inline_s = 0.0
         return self.learned
 
     def share(self) -> bool:
@@ -170,9 +193,9 @@ class Exchange:
 
     def sum_now(self) -> None:
         """A whole turn at once, of gradients that lie in the leaves already, where every rank holds one split."""
-        if self._meeting is not None:
+        if self._short_cut is not None:
             self.turn += 1
-            return self._meeting(self.turn, self._look_after)
+            return self._short_cut()
         self._begin()
         self._mine_learned = True
         for bucket in self.order:
@@ -208,11 +231,13 @@ class Exchange:
 
     def poll(self) -> None:
         """Move on what can be moved without waiting; what fails is kept for `finish`."""
-        if self._lock.acquire(blocking=False):
+        began = time.monotonic()
+        if self._runs and self._lock.acquire(blocking=False):
             try:
                 self._advance()
             finally:
                 self._lock.release()
+            self._inline_s += time.monotonic() - began
 
     def _fill(self, bucket: int) -> None:
         self._filled[bucket] = True
@@ -245,7 +270,7 @@ class Exchange:
                         run.wait = next(run.program)
             except StopIteration:
                 self._runs.remove(run)
-                if not self._runs:
+                if not self._runs and self.comm.size > 1:
                     self.active_s += time.monotonic() - self._since
             except BaseException as error:  # raised again where the turn is finished
                 self._failure = self._explained(error, run)
@@ -253,11 +278,12 @@ class Exchange:
         return moved
 
     def _explained(self, error: BaseException, run: _Run) -> BaseException:
-        if type(error).__module__.startswith("mpi4py"):
-            lost = PeerLost(f"bucket {run.bucket} of {len(self.plan.work)} lost {self._said(run.wait)}: {error}")
-            lost.__cause__ = error
-            return lost
-        return error
+        if not type(error).__module__.startswith("mpi4py") or run.wait.peer < 0:
+            return error
+        where = f"bucket {run.bucket} of {len(self.plan.work)}"
+        lost = PeerLost(f"{where} failed when it last waited for {self._said(run.wait)}: {error}")
+        lost.__cause__ = error
+        return lost
 
     def _rest(self, quiet_s: float) -> None:
         """Give the processor to whom is waited for."""
@@ -320,21 +346,20 @@ class Exchange:
             for source in own.sources:
                 yield self._came(source, "partial sum")
                 anywhere |= source.unpack()
-            for block in own.blocks:
-                if anywhere:
-                    block.sum_up()
-                    if not self.deferred:
-                        self._make(block)
-        summed = time.monotonic_ns()
-        self.note(f"bucket {bucket} reduce", began, summed)
+        blocks = [block for own in work.own for block in own.blocks] if anywhere else []
+        at = self._noted(bucket, "reduce", began)
+        for block in blocks:
+            block.sum_up()
+            if not self.deferred:
+                self._make(block)
         if self.deferred:
             sent = [self._came(duty.target, "readiness to receive") for duty in work.duties]
             yield from (*self._drained(self.lane.mark()), *sent, HELD)  # while it is held nobody looks after messages
-            summed = time.monotonic_ns()
+            at = time.monotonic_ns()
+            for block in blocks:
+                self._make(block)
+        at = self._noted(bucket, "update", at)
         for own in work.own:
-            if anywhere and self.deferred:
-                for block in own.blocks:
-                    self._make(block)
             if own.targets:
                 yield from self._drained(self.lane.mark())
             for target in own.targets:
@@ -356,7 +381,13 @@ class Exchange:
             for there, here_too in work.pulls:
                 here_too.copy_(there)
         yield from self._drained(self.lane.mark())
-        self.note(f"bucket {bucket} share", summed, time.monotonic_ns())
+        self._noted(bucket, "share", at)
+
+    def _noted(self, bucket: int, part: str, began: int) -> int:
+        """Tell of a part of a bucket's way that ends now; returns now."""
+        now = time.monotonic_ns()
+        self.note(f"bucket {bucket} {part}", began, now)
+        return now
 
     def _drained(self, mark: Callable[[float], bool] | None) -> Iterator[Wait]:
         if mark is not None:

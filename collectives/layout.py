@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class Layout:
     bucket: int
     everyone: bool = False
 
-    @property
+    @cached_property
     def buckets(self) -> list[tuple[int, int]]:
         return cut_buckets(self.size, self.bucket)
 

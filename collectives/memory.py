@@ -44,7 +44,10 @@ def share(size: int, gather: Callable[[Any], Sequence[Any]]) -> list[torch.Tenso
 
 
 def fence() -> None:
-    """Order this process's reads and writes of shared memory, as taking a lock does."""
+    """Order this process's reads and writes of shared memory, as taking a lock does.
+
+    For the Python side of flags. Enough on x86; on other processors the native library's flags are the ones to have.
+    """
     with threading.Lock():
         pass
 

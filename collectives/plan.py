@@ -137,6 +137,12 @@ class Plan:
         longest = max(high - low for low, high in layout.buckets)
         self.block = min(BLOCK, longest) if final.device.type == "cpu" else longest
         self.scratch = self._zeros(self.block)
+        most = self._tag(len(layout.buckets), False, 0, 0)
+        if most > self.comm.most_tag:
+            raise ValueError(
+                f"{len(layout.buckets)} buckets between {len(layout.islands)} hosts need {most} message tags, and this "
+                f"MPI has {self.comm.most_tag}; make strategy.bucket_mib larger"
+            )
         self.work = [self._work(bucket) for bucket in range(len(layout.buckets))]
 
     @property

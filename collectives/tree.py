@@ -7,11 +7,10 @@ every number of ranks. Design, sections 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 Node = tuple[int, int]
-Value = TypeVar("Value")
 
 
 def cut(node: Node) -> int:
@@ -86,14 +85,6 @@ def counting(splits: Sequence[int], root: Node) -> tuple[list[Step], list[tuple[
             held[-2:] = [((left[0], right[1]), into)]
         steps.append(step)
     return steps, held
-
-
-def combine(node: Node, parts: Mapping[Node, Value], add: Callable[[Value, Value], Value]) -> Value:
-    """The node's sum from partial sums of nodes below it; `add(left, right)` may overwrite left."""
-    if node in parts:
-        return parts[node]
-    middle = cut(node)
-    return add(combine((node[0], middle), parts, add), combine((middle, node[1]), parts, add))
 
 
 def is_node(node: Node, root: Node) -> bool:

@@ -41,7 +41,7 @@ def settings_of(ranks: list[int] | None, hosts: list[int] | None, link: str) -> 
     """
     pairs = [(k, h) for h in hosts or [1] for k in ranks or [max(2, h)]]
     if ranks is None and hosts is None:
-        pairs = [(2, 1), (4, 1), (2, 2)]
+        pairs = [(2, 1), (4, 1), (2, 2), (4, 2)]
     for k, h in pairs:
         if k % h or k < 2:
             raise ValueError(f"{k} ranks on {h} hosts: give two ranks or more, and a multiple of the hosts")

@@ -137,11 +137,11 @@ def make_job(
     flat = Flat(model, comm.common if shared else partial(comm.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
     strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
+    watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
     said = settled.get("said", "as the strategy does it")
     logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
-    watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     batches = Batches(
         train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed, place=device.place,

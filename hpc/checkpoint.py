@@ -97,7 +97,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest. Raises CheckpointError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest | {"files": manifest["files"], "parts": manifest["parts"]}
+        assert all(part["pieces"] is not None for part in manifest["parts"])
+        return manifest | {"files": manifest["files"]}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint '{folder}' has no readable {MANIFEST} ({error})") from error
 

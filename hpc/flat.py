@@ -60,8 +60,10 @@ class Flat:
             parameter.grad = view
 
     def on_grad(self, told: Callable[[int], None]) -> None:
-        """From now on backward calls `told` with a parameter's number when its gradient is final."""
+        """From now on backward calls `told` with a parameter's number when its gradient is final (no frozen one's)."""
         for number, parameter in enumerate(self.parameters):
+            if not parameter.requires_grad:
+                continue
             parameter.register_post_accumulate_grad_hook(lambda _, number=number: told(number))
 
     def within(self, low: int, high: int) -> range:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -114,8 +114,10 @@ class Watchdog:
                 continue
             # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
             faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
+            about = ""
             if time.monotonic() - self._beaten > self.patience:
-                about = self.about()
+                with suppress(Exception):  # whatever it says or does not, the job ends
+                    about = self.about()
                 print(
                     f"[{self.label}] no progress for {self.patience:g} s while {self.where}"
                     f"{f' ({about})' if about else ''}: ending the job; the stacks of this rank's threads:",

@@ -50,7 +50,8 @@ def trace(run: Path, out: Path | None = None, turns: int = 3) -> dict[str, Any]:
         raise ValueError(f"--out '{out}' is the name of a picture; give that of the JSON, the picture is put beside it")
     attempts = read_traces(run)
     last = next((a for a in reversed(attempts) if any(r.turns for r in a.ranks.values())), attempts[-1])
-    ranks = [shares(rank) for rank in last.ranks.values()]
+    hidden = hidden_over(last.ranks.values())
+    ranks = [shares(rank) | ({} if hidden is not None else {"exchange_hidden": None}) for rank in last.ranks.values()]
     working = {row["rank"]: row["working_s"] for row in ranks if row["turns"]}
     slowest = max(working, key=lambda rank: working[rank], default=None)
     usual = statistics.median(working.values()) if working else 0.0
@@ -58,14 +59,20 @@ def trace(run: Path, out: Path | None = None, turns: int = 3) -> dict[str, Any]:
     replace_file(target.with_suffix(".png"), draw(run.resolve().name, last, turns, slowest))
     return {
         "json": str(target), "png": str(target.with_suffix(".png")), "attempts": len(attempts),
-        "step": next(iter(last.ranks.values())).step, "ranks": ranks, "hidden": hidden_over(last.ranks.values()),
+        "step": next(iter(last.ranks.values())).step, "ranks": ranks, "hidden": hidden,
         "slowest": slowest,
         "behind": working[slowest] / usual - 1 if slowest is not None and usual else 0.0,
     }
 
 
 def hidden_over(ranks: Iterable[RankTrace]) -> float | None:
-    """The share of all these ranks' exchange that was hidden; None where its parts were not recorded."""
+    """The share of all these ranks' exchange that was hidden; None where its parts were not recorded.
+
+    Not of ranks on one host: they exchange between two layers themselves, which is in their backward's time.
+    """
+    ranks = list(ranks)
+    if len({rank.host for rank in ranks}) == 1:
+        return None
     turns = [turn for rank in ranks for turn in rank.turns]
     waited = sum(turn.spent().get(WAITING, 0.0) for turn in turns)
     return hidden_share(waited, sum(turn.exchanging() for turn in turns))
@@ -86,11 +93,12 @@ def shares(trace: RankTrace) -> dict[str, Any]:
                 spent[phase] = spent.get(phase, 0.0) + seconds
     spent[OTHER] = max(0.0, whole - sum(spent.values()))
     working = whole - spent.get(WAITING, 0.0)
+    waited, exchanging = spent.get(WAITING, 0.0), sum(turn.exchanging() for turn in turns)
     return {
         "rank": trace.rank, "host": trace.host, "turns": len(turns),
         "turn_s": statistics.median(turn.seconds for turn in turns) if turns else None,
         "shares": {phase: seconds / whole for phase, seconds in spent.items()} if whole else {},
-        "working_s": working / len(turns) if turns else None, "exchange_hidden": hidden_over([trace]),
+        "working_s": working / len(turns) if turns else None, "exchange_hidden": hidden_share(waited, exchanging),
     }
 
 

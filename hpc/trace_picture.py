@@ -166,6 +166,8 @@ def _hidden_words(attempt: Attempt, steps: Sequence[int]) -> str:
     turns = [turn for trace in attempt.ranks.values() for turn in trace.turns if turn.step in steps]
     waited = sum(turn.spent().get(WAITING, 0.0) for turn in turns)
     share = hidden_share(waited, sum(turn.exchanging() for turn in turns))
+    if len({trace.host for trace in attempt.ranks.values()}) == 1:
+        return ""  # they exchange between two layers themselves: nothing is hidden from them
     return "" if share is None else f"exchange hidden {percent(share)}"
 
 

@@ -96,6 +96,8 @@ def learn(job: Job, batch: Any, split: int, t: int, carry: Any) -> tuple[int, An
         job.batches.seed_all(split, t)
         with job.device.autocast():
             total, count, carry = job.task.loss(job.model, batch, carry)
+    if not count:
+        return 0, carry  # nothing to learn from in this batch: as if the split were dry
     with job.meter("backward"):
         total.backward()
         loss = job.meter.add(split, total, count)  # a GPU is done with both only where the number is asked for

@@ -27,7 +27,10 @@ def library() -> ctypes.CDLL | None:
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         return None
-    loaded = ctypes.CDLL(str(found[0]))
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+    except OSError:  # built for another kind of machine
+        return None
     for name, (arguments, result) in FUNCTIONS.items():
         function = getattr(loaded, name, None)
         if function is None:  # built from older sources

@@ -104,7 +104,7 @@ def test_the_pipeline_overlaps_copies_with_the_wire_and_never_waits():
         while not message.arrived():
             most = max(most, message.awaited - message.stored if comm.rank else message.fetched - message.through)
         longest[slots] = most
-    assert longest[1] <= 1 and longest[3] <= 3
+    assert longest[1] <= 1 and 2 <= longest[3] <= 3
     calls = []
     slow = staged_world(copies=lambda tensor: Never(tensor, calls))
     if not slow.rank:

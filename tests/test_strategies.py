@@ -38,7 +38,7 @@ laws = pytest.mark.mpi(ranks=[1, 2, 3, 4], timeout=120)
 class Problem:
     """A small regression, whose data is a function of (split, step) alone, on some ranks."""
 
-    def __init__(self, name, comm, rule="adam", splits=SPLITS, dry=(), options=None, storage="own"):
+    def __init__(self, name, comm, rule="adam", splits=SPLITS, dry=(), options=None, storage="own", prepare=True):
         torch.set_num_threads(1)
         self.comm = comm.with_splits(splits)
         torch.manual_seed(1)
@@ -46,7 +46,8 @@ class Problem:
         self.flat = Flat(self.model, self.comm.common if storage == "common" else partial(self.comm.zeros, device=CPU))
         self.comm.barrier()
         self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule](), BATCH, **(options or {}))
-        self.strategy.prepare()
+        if prepare:
+            self.strategy.prepare()
         self.dry = dry
         self.at = 0
 

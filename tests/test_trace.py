@@ -67,8 +67,9 @@ def test_phases_cover_the_turns_and_nothing_overlaps_within_a_lane(traced):
             names = [span.name for span in turn.phases if span.name not in ("log", "checkpoint")]
             assert names == ["read", "forward", "backward", "backward"] * 2 + ["exchange"]
             assert all(span.end <= turn.end for span in turn.phases), turn
-            parts = [re.fullmatch(r"bucket (\d+) (reduce|share)", span.name).groups() for span in turn.exchanges]
-            assert len(parts) == len(set(parts)) == 2 * len({bucket for bucket, _ in parts}) > 2, "several buckets"
+            named = r"bucket (\d+) (reduce|update|share)"
+            parts = [re.fullmatch(named, span.name).groups() for span in turn.exchanges]
+            assert len(parts) == len(set(parts)) == 3 * len({bucket for bucket, _ in parts}) > 2, "several buckets"
             assert 0 < turn.exchanging() <= turn.seconds
         whole = sum(turn.seconds for turn in rank.turns)
         assert 0.6 * whole < sum(sum(turn.spent().values()) for turn in rank.turns) <= whole
@@ -92,7 +93,7 @@ def test_the_clocks_of_two_ranks_agree(traced):
 def test_the_share_of_the_exchange_that_was_hidden_is_recorded_and_shown(traced, trireme):
     trains = [r for r in read_records(traced) if r["event"] == "train"]
     parts = [part for train in trains for part in train["by_rank"]]
-    assert all(part["exchange_active"] > 0 for part in parts)
+    assert all(part["exchange_active"] >= 0 for part in parts) and any(part["exchange_active"] for part in parts)
     waited, active = (sum(part[key] for part in parts) for key in ("exchange", "exchange_active"))
     hidden = summarize(read_run(traced))["exchange_hidden"]
     assert hidden == pytest.approx(min(1, max(0, 1 - waited / active)))
@@ -137,7 +138,7 @@ def test_the_numbers_of_the_table_add_up(traced, trireme, tmp_path):
     assert [row["rank"] for row in told["ranks"]] == [0, 1] and told["attempts"] == 1
     for row in told["ranks"]:
         assert sum(row["shares"].values()) == pytest.approx(1) and row["turns"] == 2 * WINDOW
-        assert 0 <= row["exchange_hidden"] <= 1
+        assert row["exchange_hidden"] is None, "ranks of one host exchange between two layers, in backward's time"
     working = [row["working_s"] for row in told["ranks"]]
     assert told["slowest"] == working.index(max(working)) and told["behind"] >= 0
 

@@ -28,7 +28,12 @@ def test_every_dealing_gives_the_same_sum_in_the_same_order(splits, data):
     held = [range(r * splits // ranks, (r + 1) * splits // ranks) for r in range(ranks)]
     parts = {node: whole(node) for h in held for node in tree.nodes_within(h, (0, splits))}
     assert sorted(s for low, high in parts for s in range(low, high)) == list(range(splits))
-    assert tree.combine((0, splits), parts, lambda a, b: f"({a}+{b})") == whole((0, splits))
+    names = list(parts.values())
+    stack = []
+    for step in tree.program((0, splits), {node: k for k, node in enumerate(parts)}, -1):
+        right = stack.pop() if step < 0 else ""
+        stack.append(names[step] if step >= 0 else f"({stack.pop()}+{right})")
+    assert stack == [whole((0, splits))]
 
 
 @given(some.integers(1, 30), some.integers(0, 30), some.integers(0, 30))
