@@ -92,7 +92,7 @@ def choose(
     """
     if len(found) == 1:
         only = found[0]
-        return Choice(only.algorithm, only.bucket, "the only one that fits", where), build(only)
+        return Choice(only.algorithm, only.bucket, "nothing to choose", where), build(only)
     if remembered and remembered.get("where") == where:
         again = Candidate(remembered["algorithm"], remembered["bucket"])
         if again in found:
@@ -103,11 +103,12 @@ def choose(
     best = min(seconds.values())
     chosen = min((c for c in found if seconds[c] <= NEARLY * best), key=lambda c: c.bucket)
     told = {str(candidate): seconds[candidate] for candidate in found}
-    why = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in sorted(told.items(), key=lambda item: item[1]))
+    listed = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in sorted(told.items(), key=lambda item: item[1]))
+    why = f"the smallest bucket within {NEARLY - 1:.0%} of the quickest; measured {listed}"
     for candidate, exchange in built.items():
         if candidate != chosen:
             exchange.close()
-    return Choice(chosen.algorithm, chosen.bucket, f"measured {why}", where, told), built[chosen]
+    return Choice(chosen.algorithm, chosen.bucket, why, where, told), built[chosen]
 
 
 def _measured(comm: Comm, built: dict[Candidate, Exchange]) -> dict[Candidate, float]:

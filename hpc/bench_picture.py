@@ -35,7 +35,7 @@ def draw(records: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _panel(axes: Axes, title: str, records: Sequence[dict[str, Any]]) -> None:
-    dress(axes, LIGHT, title, "bytes summed", "GB/s (bytes / median time)")
+    dress(axes, LIGHT, title, "bytes summed", "GB/s")
     shown: list[float] = []
     for impl, algorithm in dict.fromkeys((r["impl"], r["algorithm"]) for r in records):
         own = sorted(

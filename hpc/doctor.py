@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """Look, print once a job, and return the exit status: 1 if there is a problem, else 0."""
     findings: list[Finding] = []
     checks: dict[str, Callable[[], Finding | list[Finding]]] = {
-        "trireme": check_versions, "torch": check_torch, "gpu": check_gpus, "hdf5": check_hdf5,
+        "trireme": check_versions, "kernels": check_kernels, "torch": check_torch, "gpu": check_gpus,
+        "hdf5": check_hdf5,
         "shared memory": lambda: check_space("/dev/shm", "ranks exchange there; start containers with --shm-size=8g"),
         "disk": lambda: check_space(os.getcwd(), "run folders go there: change to a folder with room for them"),
         "mpi": lambda: check_mpi([asdict(f) for f in findings if f.status == "problem"]),
@@ -97,6 +98,15 @@ def show(findings: Sequence[Finding], as_json: bool) -> None:
 def check_versions() -> Finding:
     version, python = importlib.metadata.version("trireme"), sys.version.split()[0]
     return Finding("trireme", "ok", f"Trireme {version}, Python {python} ({sys.executable})")
+
+
+def check_kernels() -> Finding:
+    from kernels import native
+
+    if native.library() is not None:
+        return Finding("kernels", "ok", "their CPU library was built")
+    remedy = "install a C++ compiler (g++), then install Trireme again: pip install --force-reinstall --no-deps"
+    return Finding("kernels", "note", "no CPU library: the same sums, in torch, and slower waiting", remedy)
 
 
 def check_torch() -> Finding:

@@ -180,7 +180,7 @@ def test_a_slow_size_gets_fewer_rounds():
 
 def test_what_is_measured_where():
     one, two = (1, None), (2, "1gbit")
-    assert settings_of(None, None, "1gbit") == [Setting(2, *one), Setting(4, *one), Setting(2, *two)]
+    assert settings_of(None, None, "1gbit") == [Setting(k, *where) for where in (one, two) for k in (2, 4)]
     assert settings_of([2, 4], [1, 2], "1gbit") == [Setting(k, *where) for where in (one, two) for k in (2, 4)]
     assert settings_of(None, [3], "9mbit") == [Setting(3, 3, "9mbit")]
 

@@ -75,8 +75,8 @@ def test_alone_with_the_launcher_first_on_path():
     assert MPIEXEC in found["launcher"][0]["text"]
     assert found["threads"][0]["status"] == "ok"
     assert "2 ranks would have" in found["ranks"][0]["text"]
-    assert set(found) == {"trireme", "torch", "gpu", "hdf5", "shared memory", "disk", "mpi", "launcher", "threads",
-                          "cuda-aware", "ranks", "slurm"}  # fmt: skip
+    assert set(found) == {"trireme", "kernels", "torch", "gpu", "hdf5", "shared memory", "disk", "mpi", "launcher",
+                          "threads", "cuda-aware", "ranks", "slurm"}  # fmt: skip
 
 
 @MPICH_WHEEL

@@ -73,12 +73,13 @@ class LogMel:
             "low_frequency": options.mel_opts.low_freq, "high_frequency": rate / 2, "sample_scale": SCALE,
         }
         noise = np.random.default_rng(0).uniform(-0.5, 0.5, rate).astype(np.float32)
-        dead = int((self(noise).std(axis=0) < 1e-3).sum())
+        narrow = f"--mels {mels} at {rate} samples a second: some filters are narrower than a frequency bin"
+        try:
+            dead = int((self(noise).std(axis=0) < 1e-3).sum())
+        except ValueError as error:  # newer libraries refuse to build them
+            raise ValueError(f"{narrow}; use fewer, e.g. 40 ({error})") from error
         if dead:
-            raise ValueError(
-                f"--mels {mels} at {rate} samples a second: {dead} filters are narrower than a frequency bin and would "
-                "always be empty; use fewer, e.g. 40"
-            )
+            raise ValueError(f"{narrow}, and {dead} would always be empty; use fewer, e.g. 40")
 
     @property
     def window(self) -> int:
