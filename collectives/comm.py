@@ -268,6 +268,12 @@ class Comm:
             return False
         return status.rpartition(")")[2].split()[0] not in "ZX"
 
+    def lost(self) -> str:
+        """Which neighbour is gone while this rank waits in a call of all ranks; "" if none. From any thread."""
+        what = self.waiting
+        gone = [rank for rank in self._seen if not self.alive(rank)] if what else []
+        return f"{self.name_of(gone[0])} is gone; this rank waits for {what}" if gone else ""
+
     def name_of(self, rank: int) -> str:
         """A rank and where it is, for messages: "rank 3 on node7"."""
         return f"rank {rank} on {self.hosts[rank]}"

@@ -137,6 +137,7 @@ def make_job(
     flat = Flat(model, comm.common if shared else partial(comm.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
     strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
+    watchdog.lost = comm.lost
     watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))

@@ -83,6 +83,7 @@ class Watchdog:
     def __init__(self, patience: float, label: str, abort: Callable[[int], None]):
         self.patience, self.label, self.abort = patience, label, abort
         self.where = "starting"
+        self.lost: Callable[[], str] = lambda: ""  # which rank is gone that this one waits for
         self.about: Callable[[], str] = lambda: ""  # what more to say when it ends a job: who is waited for
         self._beaten = time.monotonic()
         self._rests = False
@@ -112,6 +113,12 @@ class Watchdog:
             if self._rests:
                 faulthandler.cancel_dump_traceback_later()
                 continue
+            lost = ""
+            with suppress(Exception):  # not knowing is no reason to stop watching
+                lost = self.lost()
+            if lost:
+                print(f"[{self.label}] {lost} (while {self.where}): ending the job", file=sys.stderr, flush=True)
+                self.abort(1)
             # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
             faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
             about = ""

@@ -48,9 +48,9 @@ def trace(run: Path, out: Path | None = None, turns: int = 3) -> dict[str, Any]:
     target = run / "trace.json" if out is None else out / "trace.json" if out.is_dir() else out
     if target.suffix == ".png":
         raise ValueError(f"--out '{out}' is the name of a picture; give that of the JSON, the picture is put beside it")
+    attempts = read_traces(run)
     if not target.parent.is_dir():
         raise ValueError(f"--out '{target}': there is no folder '{target.parent}'; make it first")
-    attempts = read_traces(run)
     last = next((a for a in reversed(attempts) if any(r.turns for r in a.ranks.values())), attempts[-1])
     hidden = hidden_over(last.ranks.values())
     ranks = [shares(rank) | ({} if hidden is not None else {"exchange_hidden": None}) for rank in last.ranks.values()]
