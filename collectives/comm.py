@@ -158,6 +158,11 @@ class Comm:
         return f"[rank {self.rank} on {self.host}] " if self.size > 1 else ""
 
     @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange with."""
+        return self.size == 1
+
+    @property
     def threads(self) -> bool:
         """Whether any thread may call MPI at any time."""
         return thread_level() == "multiple"

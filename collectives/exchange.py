@@ -270,7 +270,7 @@ class Exchange:
                         run.wait = next(run.program)
             except StopIteration:
                 self._runs.remove(run)
-                if not self._runs and self.comm.size > 1:
+                if not self._runs and not self.comm.alone:
                     self.active_s += time.monotonic() - self._since
             except BaseException as error:  # raised again where the turn is finished
                 self._failure = self._explained(error, run)
