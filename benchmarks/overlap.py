@@ -120,7 +120,7 @@ def work(busy: bool, rounds: int) -> None:
         momentum[part].mul_(0.9).add_(total)
         weights[part].add_(momentum[part], alpha=-1e-3)
 
-    plan = Plan(leaves, comm.results(weights), weights, Layout(FLOATS, comm.islands, 1 << 18))
+    plan = Plan(leaves, comm.memory.results(weights), weights, Layout(FLOATS, comm.islands, 1 << 18))
     exchange = Exchange(comm, weights, plan, apply=apply, threaded=True)
     sockets, backward = connect(comm), Backward(busy)
     given, found = bytearray(4 * FLOATS), bytearray(4 * FLOATS)

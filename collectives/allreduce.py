@@ -67,11 +67,10 @@ class AllReduce(Strategy):
         self.clip_norm = clip_norm
         self.asked = (algorithm, int(bucket_mib * MIB), wire)
         self.overlap = overlap == "on"
-        self.updates = 0
         if algorithm == "nccl" and wire != "float32":
             raise ValueError(f"strategy.algorithm = 'nccl' sends float32 only; got strategy.wire = '{wire}'")
         self.leaves = Leaves(comm, flat.size, wire, flat.weights.device)
-        self.results = comm.results(flat.weights)
+        self.results = comm.memory.results(flat.weights)
         self.scale = 1.0 / batch
         self.filled: list[int] = []  # buckets in the order in which this rank's first backward filled them
         self.followed = False
@@ -91,7 +90,7 @@ class AllReduce(Strategy):
         layout = self.exchange.plan.layout
         self.pieces = layout.owned(comm.rank)
         owned = sum(high - low for low, high in self.pieces)
-        self.slots = {name: comm.zeros(owned, self.flat.weights.device) for name in self.rule.slots}
+        self.slots = {name: comm.memory.zeros(owned, self.flat.weights.device) for name in self.rule.slots}
         blocks = sorted(b.low for work in self.exchange.plan.work for own in work.own for b in own.blocks)
         self.places = {low: self._place(low) for low in blocks}  # of a block, where it begins in a slot
         self.needs = [self.flat.within(*bucket) for bucket in layout.buckets]
@@ -194,7 +193,7 @@ class AllReduce(Strategy):
         at = self.places[low]
         mine = slice(at, at + len(total))
         slots = {name: slot[mine] for name, slot in self.slots.items()}
-        self.rule(self.flat.weights[low : low + len(total)], total, slots, self.rate, self.updates)
+        self.update(self.flat.weights[low : low + len(total)], total, slots, low)
 
     def _clipped(self) -> float:
         """The factor that clips the mean gradient; its norm is summed in fixed groups (collective)."""

@@ -25,16 +25,12 @@ from mpi4py import MPI
 
 from collectives.aware import cuda_aware
 from collectives.launch import LaunchError, check_dealing, check_world_size
-from collectives.memory import fence, share
+from collectives.memory import Memory
 from collectives.message import Message, Straight, gather_records
 from collectives.transport import CPU_WHY, Transport, choose_transport, look_around
-from kernels import gpu
-from kernels.window import LINE, Flags
 
 __all__ = ["Comm", "LaunchError", "Message", "PeerLost", "RootFailed", "check_dealing", "everywhere"]
 
-CPU = torch.device("cpu")
-PAGE = 4096
 ABORT_S = 3.0  # how long an abort may take
 _NOTHING = np.empty(0, np.uint8)
 
@@ -84,9 +80,6 @@ class Comm:
         self._world = MPI.COMM_WORLD.Dup() if world is None else world
         self._agreeing = self._world.Dup()
         self._messages = self._world.Dup()
-        self._windows: list[Any] = []
-        self._commons: set[int] = set()
-        self._handles: dict[int, str] = {}  # address -> what neighbours need to map a device buffer of this rank
         self.hosts: list[str] = []  # by rank
         self.waiting = ""  # what this rank waits for outside the exchange, where it may be long
         self._pending: tuple[Any, np.ndarray] | None = None
@@ -110,6 +103,10 @@ class Comm:
         spaces = [space for _, _, _, space in met]  # neighbours whose process numbers mean something here:
         self._seen = [r for r in self.neighbours if spaces[r] and spaces[r] == spaces[self.rank]]
         self.transport = transport or Transport("window", CPU_WHY, self.islands)
+        self.memory = Memory(
+            self.neighbours, self.rank, lambda value: gather_records(value, self._local), self._allocate_shared,
+            self.transport.mapped,
+        )
         self.n_splits = self.size if n_splits is None else n_splits
         check_dealing(self.n_splits, self.size)
 
@@ -171,97 +168,12 @@ class Comm:
         """Whether this rank is rank 0: for whoever owns the display and the files of a run."""
         return self.rank == 0
 
-    # -- storage ----------------------------------------------------------------------------------------------------
-
     @property
     def neighbours(self) -> list[int]:
         """The ranks of this rank's island, ascending, itself among them."""
         return self.islands[self.island]
 
-    def zeros(self, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A flat buffer [count] of zeros in memory of this rank's own, which neighbours can map if GPUs allow it."""
-        if device.type == "cuda" and self.transport.mapped and count and dtype == torch.float32:
-            buffer = gpu.zeros(count, device)
-            self._handles[buffer.data_ptr()] = gpu.handle(buffer)
-            self.keep(buffer)
-            return buffer
-        return torch.zeros(count, dtype=dtype, device=device)
-
-    def keep(self, held: Any) -> None:
-        """Hold on to something until the process ends: others' memory, or what others may have mapped."""
-        self._windows.append(held)
-
-    def window(self, count: int, device: torch.device = CPU) -> list[torch.Tensor]:
-        """Zeroed float32 buffers [count] of all neighbours, in their order, each seen by all (collective)."""
-        if device.type == "cuda":
-            if seen := self._mapped(self.zeros(count, device)):
-                return seen
-            raise ValueError(f"neighbours cannot map memory of '{device}': the transport is '{self.transport}'")
-        parts, _ = self._shared(4 * count, 4 * count)
-        parts[self.neighbours.index(self.rank)].zero_()  # by its owner, so that it lies in memory near to it
-        return [part.view(torch.float32) for part in parts]
-
-    def common(self, count: int) -> torch.Tensor:
-        """One zeroed float32 buffer [count] that is the same memory for all neighbours (collective)."""
-        buffer = self._first_shared(4 * count)[0].view(torch.float32)
-        self.keep(buffer)  # as long as its address stands for it
-        self._commons.add(buffer.data_ptr())
-        return buffer
-
-    def is_common(self, tensor: torch.Tensor) -> bool:
-        """Whether what one neighbour writes into this tensor is there for the others: it came from `common`."""
-        return len(self.neighbours) == 1 or tensor.data_ptr() in self._commons
-
-    def results(self, weights: torch.Tensor) -> list[torch.Tensor]:
-        """Where each neighbour puts new weights [P] for all to see: where they are, if all see them (collective)."""
-        if weights.is_cuda:
-            return self._mapped(weights) or self.window(len(weights), weights.device)
-        common = weights if self.is_common(weights) else self.common(len(weights))
-        return [common] * len(self.neighbours)
-
-    def _mapped(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """A device buffer of every neighbour, one's own among them; [] if any has none to map (collective)."""
-        if len(self.neighbours) == 1:
-            return [mine]
-        handles = gather_records(self._handles.get(mine.data_ptr(), ""), self._local)
-        if not all(handles):
-            return []
-        told = zip(self.neighbours, handles, strict=True)
-        return [mine if r == self.rank else gpu.mapped(handle, len(mine), mine.device) for r, handle in told]
-
-    def flags(self, count: int) -> Flags:
-        """So many flags of every neighbour, in their order (collective)."""
-        buffer, fence = self._first_shared(4 * LINE * count * len(self.neighbours))
-        return Flags(buffer.numpy().view(np.uint32).reshape(-1, count, LINE), fence)
-
-    def _first_shared(self, size: int) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Zeroed bytes [size] in the first neighbour's memory, seen by all of them."""
-        first = self.neighbours[0] == self.rank
-        parts, sync = self._shared(size if first else 0, size)
-        if first:
-            parts[0].zero_()
-        sync()
-        self._local.Barrier()
-        sync()
-        return parts[0], sync
-
-    def _shared(self, mine: int, size: int) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Bytes of all neighbours, in memory that all of them see, and the fence for it.
-
-        mine  how many bytes this rank gives
-        size  how many those give that give any
-        """
-        if len(self.neighbours) == 1:
-            return [torch.empty(size, dtype=torch.uint8)], lambda: None
-        parts = share(mine, lambda value: gather_records(value, self._local))
-        if parts is not None:
-            return [part[:size] for part in parts], fence
-        window = MPI.Win.Allocate_shared(-(-mine // PAGE) * PAGE, 1, MPI.INFO_NULL, self._local)
-        self.keep(window)  # tensors point into it
-        queried = [window.Shared_query(k)[0] for k in range(len(self.neighbours))]
-        window.Lock_all()
-        empty = torch.empty(0, dtype=torch.uint8)
-        return [torch.frombuffer(p, dtype=torch.uint8)[:size] if len(p) else empty for p in queried], window.Sync
+    # -- who lives --------------------------------------------------------------------------------------------------
 
     def alive(self, rank: int) -> bool:
         """Whether a neighbour's process still runs; True for ranks elsewhere, of which one cannot know."""
@@ -366,7 +278,15 @@ class Comm:
         self._pending = None
         return bool(result[0])
 
-    # -- tensors ----------------------------------------------------------------------------------------------------
+    # -- memory and tensors -----------------------------------------------------------------------------------------
+
+    def _allocate_shared(self, size: int) -> tuple[list[Any], Callable[[], None]]:
+        """So many bytes of this rank, and its neighbours', in MPI's own shared memory, and its fence (collective)."""
+        window = MPI.Win.Allocate_shared(size, 1, MPI.INFO_NULL, self._local)
+        self.memory.keep(window)  # what is returned points into it
+        found = [window.Shared_query(k)[0] for k in range(len(self.neighbours))]
+        window.Lock_all()
+        return found, window.Sync
 
     @property
     def most_tag(self) -> int:

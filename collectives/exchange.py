@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,12 +27,12 @@ import torch
 from collectives.comm import Comm, PeerLost
 from collectives.lane import lane_of
 from collectives.plan import Block, Get, Parcel, Plan, Work
-from kernels.window import Flags, Meeting, TreeSum
+from collectives.turn import Turn
+from kernels.window import Flags
 
 LOOK_S = 0.1  # how often a rank that waits looks whether the awaited one still lives
 NAP_S = 1e-4  # between two looks of who has nothing else to do
 LONG_NAP_S = 5e-4  # between two looks of the thread beside backward: the cores are backward's
-LOOKS = 50  # of a rank that only waits, before it lets others have the core
 AT_ONCE = 4  # buckets that this thread looks after; those behind them are not through before them
 SPIN_S = 3e-4  # how long a rank that only waits keeps looking without a nap
 
@@ -61,7 +60,7 @@ class _Run:
     wait: Wait = START
 
 
-class Exchange:
+class Exchange(Turn):
     """Sums of P floats over all splits, bucket by bucket, turn by turn.
 
     comm      the ranks and their splits
@@ -72,101 +71,49 @@ class Exchange:
     threaded  whether a thread moves buckets on while this rank computes
     note      told of every bucket's way: (name, begin, end) in time.monotonic_ns
 
-    One turn: `enter` every split, `stepped` after each, `full` for buckets that are final before that, `finish`.
+    `finish` raises PeerLost, or what `apply` raised.
     """
 
     def __init__(
         self, comm: Comm, common: torch.Tensor, plan: Plan, *, apply: Apply | None = None, deferred: bool = False,
         threaded: bool = False, note: Callable[[str, int, int], None] = lambda name, begin, end: None,
     ):
-        self.comm, self.common, self.plan = comm, common, plan
-        self.apply, self.deferred, self.threaded, self.note = apply, deferred, threaded, note
+        super().__init__(comm, plan.leaves, len(plan.work), deferred)
+        self.common, self.plan = common, plan
+        self.apply, self.threaded, self.note = apply, threaded, note
         self.lane = lane_of(common.device)
-        self.flags: Flags = comm.flags(2 * len(plan.work))  # of bucket b: 2 b is "full", 2 b + 1 is "done"
+        self.flags: Flags = comm.memory.flags(2 * len(plan.work))  # of bucket b: 2 b is "full", 2 b + 1 is "done"
         self.me = comm.neighbours.index(comm.rank)
-        self.order = list(range(len(plan.work)))  # in which buckets set out; the same on all ranks
         self.turn = 0
-        self.learned = False  # whether any split of any rank had something to add, in the turn just finished
-        self.active_s = 0.0
         self._runs: list[_Run] = []
-        self._mine_learned = False
-        self._filled: list[bool] = []
-        self._started = 0
         self._failure: BaseException | None = None
         self._since = self._inline_s = 0.0
         self._released = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._finishing = self._closed = False
-        self._short_cut = self._at_once()
         if threaded:
             threading.Thread(target=self._beside, name="exchange", daemon=True).start()
 
-    def _at_once(self) -> Callable[[], None] | None:
-        """A short cut through a whole turn, where it is a plain sum in one bucket on CPUs; None if there is none."""
-        work = self.plan.work[0]
-        blocks = [block for own in work.own for block in own.blocks]
-        sums = [block.sum_up for block in blocks if isinstance(block.sum_up, TreeSum)]
-        plain = self.apply is None and self.plan.wire is None and self.common is self.plan.result
-        plain &= len(self.plan.work) == 1 and self.common.device.type == "cpu" and len(sums) == len(blocks) <= 1
-        if not plain:
-            return None
-        if len(self.comm.islands) == 1 and self.flags.library is not None:
-            meeting = Meeting(self.flags, self.me, 0, 1, sums[0] if sums else None)
-            return lambda: meeting(self.turn, self._look_after)
-        everyone = len(self.comm.neighbours) == 1 and not work.gets and len(work.duties) == len(self.comm.islands) - 1
-        return partial(self._swap, work, sums[0]) if everyone and sums else None
-
-    def _swap(self, work: Work, total: TreeSum) -> None:
-        """Everyone sends everyone what it holds, and adds up."""
-        messages = [parcel.message for parcel in (*work.awaited, *work.sent)]
-        for message in messages:
-            message.start()
-        looks = 0
-        for message in messages:
-            while not message.arrived():
-                looks += 1
-                if looks % LOOKS == 0:
-                    os.sched_yield()
-        total()
-
     # -- one turn ---------------------------------------------------------------------------------------------------
 
-    def enter(self, split: int) -> torch.Tensor:
-        """The zeroed buffer [P] that the gradient of this split is to be added into."""
-        step = self.plan.leaves.steps[split]
-        if split == self.comm.splits[0]:
-            self._begin()
-        return self.plan.leaves.mine[step.buffer].zero_()
-
-    def _begin(self) -> None:
-        self._mine_learned = self.learned = False
-        self._filled = [False] * len(self.plan.work)
-        self._started = 0
+    def begin(self) -> None:
+        super().begin()
         self._released = not self.deferred
         self.turn += 1
 
-    def full(self, bucket: int) -> None:
-        """This bucket of the last split's gradient is final on this rank."""
-        self._mine_learned = True
-        self._fill(bucket)
+    def _before_the_first(self) -> None:
+        for parcel in self.plan.awaited:
+            parcel.message.start()
 
-    def stepped(self, split: int, count: int) -> None:
-        """The whole gradient of this split, over `count` items, is final: add it up with those before it."""
-        self._mine_learned |= count > 0
-        for into, added in self.plan.leaves.steps[split].adds:
-            self.plan.leaves.add_(into, added)
-        if split == self.comm.splits[-1]:
-            for bucket in range(len(self._filled)):
-                if not self._filled[bucket]:
-                    self._fill(bucket)
+    def _set_out(self, bucket: int) -> None:
+        if not self._runs:
+            self._since = time.monotonic()
+        self._runs.append(_Run(bucket, self._bucket(bucket, self.plan.work[bucket], self.lane.mark())))
+        if self.threaded:
+            self._wake.set()
 
     def finish(self) -> bool:
-        """Until every bucket's result is in `common`, or, if deferred, every sum is there.
-
-        Returns whether any split of any rank had something to add (if deferred, only `share` can tell). Raises
-        PeerLost, or what `apply` raised.
-        """
         self._finishing = True
         with self._lock:
             quiet_since = looked = time.monotonic()
@@ -187,29 +134,8 @@ class Exchange:
         return self.learned
 
     def share(self) -> bool:
-        """After `finish` of a deferred exchange: apply, and bring the results to every rank; returns as `finish`."""
         self._released = True
         return self.finish()
-
-    def sum_now(self) -> None:
-        """A whole turn at once, of gradients that lie in the leaves already, where every rank holds one split."""
-        if self._short_cut is not None:
-            self.turn += 1
-            return self._short_cut()
-        self._begin()
-        self._mine_learned = True
-        for bucket in self.order:
-            self._fill(bucket)
-        self.finish()
-
-    def run_through(self) -> None:
-        """A whole turn of empty gradients, to see how long it takes."""
-        for split in self.comm.splits:
-            self.enter(split)
-            self.stepped(split, 1)
-        self.finish()
-        if self.deferred:
-            self.share()
 
     def close(self) -> None:
         """End the thread; the exchange is not used again."""
@@ -217,7 +143,6 @@ class Exchange:
         self._wake.set()
 
     def waiting_for(self) -> str:
-        """What is being waited for, for whoever must explain a hang; "" if nothing is."""
         runs = [run for run in self._runs if run.wait.peer >= 0]
         if not runs:
             return ""
@@ -230,7 +155,7 @@ class Exchange:
     # -- moving buckets on ------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Move on what can be moved without waiting; what fails is kept for `finish`."""
+        """What fails is kept for `finish`."""
         began = time.monotonic()
         if self._runs and self._lock.acquire(blocking=False):
             try:
@@ -238,21 +163,6 @@ class Exchange:
             finally:
                 self._lock.release()
             self._inline_s += time.monotonic() - began
-
-    def _fill(self, bucket: int) -> None:
-        self._filled[bucket] = True
-        opened = False
-        while self._started < len(self.order) and self._filled[bucket := self.order[self._started]]:
-            if not self._started:
-                for parcel in self.plan.awaited:
-                    parcel.message.start()
-            if not self._runs:
-                self._since = time.monotonic()
-            self._runs.append(_Run(bucket, self._bucket(bucket, self.plan.work[bucket], self.lane.mark())))
-            self._started += 1
-            opened = True
-        if opened and self.threaded:
-            self._wake.set()
 
     def _settled(self) -> bool:
         if self._released:
@@ -302,11 +212,6 @@ class Exchange:
                     f"{self.comm.name_of(run.wait.peer)} is gone; bucket {run.bucket} of {len(self.plan.work)} waited "
                     f"for its {run.wait.what}"
                 )
-
-    def _look_after(self, place: int) -> None:
-        rank = self.comm.neighbours[place]
-        if not self.comm.alive(rank):
-            raise PeerLost(f"{self.comm.name_of(rank)} is gone; the sum waited for it")
 
     def _beside(self) -> None:
         """The thread: while this rank computes, look after its buckets now and then."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from collectives.comm import CPU, Comm
+from collectives.comm import Comm
+from collectives.memory import CPU
 from collectives.tree import Node, Step, counting
 
 WIRES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +33,7 @@ class Leaves:
         self.steps: dict[int, Step] = {step.split: step for step in counted[comm.rank][0]}
         self._held = {rank: counted[rank][1] for rank in comm.neighbours}
         levels = max(step.buffer + 1 for steps, _ in counted for step in steps)
-        self._windows = [comm.window(size, device) for _ in range(levels)]
+        self._windows = [comm.memory.window(size, device) for _ in range(levels)]
         mine = comm.neighbours.index(comm.rank)
         self.mine = [window[mine] for window in self._windows]
 

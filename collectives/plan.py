@@ -197,16 +197,20 @@ class Plan:
         work, mine, islands = Work(low, high), self.comm.island, len(self.layout.islands)
         for hop in range(1, islands):  # in the order in which a ring reaches this island
             island = (mine - hop) % islands
-            for place, piece in enumerate(self.layout.pieces(bucket, island)):
+            for place, piece in self._pieces(bucket, island):
                 if self.layout.partner(place, mine) == self.comm.rank:
                     work.duties += self._duties(bucket, island, place, piece, hop)
                     if not self.layout.everyone:
                         work.gets.append(self._get(bucket, island, place, piece, hop))
-        for place, piece in enumerate(self.layout.pieces(bucket, mine)):
+        for place, piece in self._pieces(bucket, mine):
             if piece.owner == self.comm.rank:
                 work.own.append(self._own(bucket, place, piece))
         work.pulls = self._pulls(bucket)
         return work
+
+    def _pieces(self, bucket: int, island: int) -> list[tuple[int, Piece]]:
+        """An island's pieces of a bucket, with their places; for an empty one nobody sends anything."""
+        return [(k, piece) for k, piece in enumerate(self.layout.pieces(bucket, island)) if piece.low < piece.high]
 
     def _pulls(self, bucket: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What neighbours bring about in memory that is not this rank's own, and where it is needed here."""
@@ -215,11 +219,11 @@ class Plan:
             own = island == self.comm.island
             if self.layout.everyone and not own:
                 continue
-            for place, piece in enumerate(self.layout.pieces(bucket, island)):
+            for place, piece in self._pieces(bucket, island):
                 by = piece.owner if own else self.layout.partner(place, self.comm.island)
                 there = self.results[self.comm.neighbours.index(by)][piece.low : piece.high]
                 here = self.final[piece.low : piece.high]
-                if len(here) and there.data_ptr() != here.data_ptr():
+                if there.data_ptr() != here.data_ptr():
                     found.append((there, here))
         return found
 

@@ -38,6 +38,7 @@ class Weights(Protocol):
     def bind_grads(self, grads: torch.Tensor) -> None: ...
     def on_grad(self, told: Callable[[int], None]) -> None: ...
     def within(self, low: int, high: int) -> range: ...
+    def frozen(self, low: int, high: int) -> list[slice]: ...
     def name_at(self, index: int) -> str: ...
 
 
@@ -97,6 +98,7 @@ class Strategy:
         # Told of every part of an exchange, from any thread: its name ("bucket 3 reduce"), begin and end in
         # time.monotonic_ns(); set by build.py.
         self.note: Callable[[str, int, int], None] = lambda name, begin_ns, end_ns: None
+        self.updates = 0  # of the rule, so far
         # Seconds so far in which an exchange was under way on this rank, hidden behind computing or not.
         self.active_s: float = 0.0
 
@@ -135,6 +137,18 @@ class Strategy:
     def advance(self, n: int) -> None:
         """Exchange what the turn learned; owners update their slices (collective)."""
         raise NotImplementedError
+
+    def update(self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], low: int) -> None:
+        """The update rule on floats [low, low + S) of the flat buffer; frozen parameters stay, whatever decays.
+
+        weights  [S], changed in place
+        grad     [S], may be overwritten
+        slots    name -> [S], changed in place
+        """
+        kept = [(part, weights[part].clone()) for part in self.flat.frozen(low, low + len(weights))]
+        self.rule(weights, grad, slots, self.rate, self.updates)
+        for part, values in kept:
+            weights[part] = values
 
     def end(self) -> None:
         """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""

@@ -80,10 +80,11 @@ def choose_transport(facts: Sequence[Facts], islands: Sequence[Sequence[int]], n
     if nccl and not missing:
         why = "it was asked for, and every rank has a GPU of its own and CuPy with NCCL; it promises no order of sums"
         return Transport("nccl", why, alone, staged=True, nccl=True)
-    reasons = [f"NCCL was asked for, but {missing}"] if missing else []
     if not any(f.device for f in facts):
         kind = "window" if len(islands) == 1 else "window + messages"
-        return Transport(kind, "; ".join([*reasons, CPU_WHY]), [list(island) for island in islands])
+        why = f"{CPU_WHY}; NCCL, which was asked for, is for GPUs alone" if nccl else CPU_WHY
+        return Transport(kind, why, [list(island) for island in islands])
+    reasons: list[str] = []
     found = sorted(group for island in islands for group in _mapping(island, facts))
     mapped = any(len(group) > 1 for group in found)
     if mapped:
@@ -97,7 +98,9 @@ def choose_transport(facts: Sequence[Facts], islands: Sequence[Sequence[int]], n
         kinds.append("staged" if staged else "cuda-aware")
         told = next((f for f in facts if not f.aware), facts[0])
         reasons.append(f"MPI {'says' if told.aware else 'does not say'} that it reads GPU memory ({told.aware_why})")
-    return Transport(" + ".join(kinds) or "alone", "; ".join(reasons) or "there is one rank", found, staged, mapped)
+    reasons = reasons or ["there is one rank"]
+    reasons += [f"NCCL was asked for, but {missing}"] if missing else []
+    return Transport(" + ".join(kinds) or "alone", "; ".join(reasons), found, staged, mapped)
 
 
 def _missing_for_nccl(facts: Sequence[Facts]) -> str:
@@ -147,7 +150,7 @@ def look_around(comm: Comm, device: torch.device, aware: tuple[bool, str]) -> li
         f"{comm.host} {gpu.bus(device)}" if on_gpu else "", *aware, maps, maps_why, gpu.nccl_missing() if on_gpu else ""
     )
     everyone = [Facts(**record) for record in comm.gather(asdict(fact))]
-    comm.keep((shown, maps))  # a buffer must not go while another process may have it mapped
+    comm.memory.keep((shown, maps))  # a buffer must not go while another process may have it mapped
     return everyone
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpc.hosts import MOST
+from hpc.quantities import counted, doubt
 from hpc.shards import MANIFEST, SCHEMA, ShardWriter, shard_name, write_json
 
 EXAMPLES = """examples:
@@ -53,6 +57,7 @@ ALLREDUCE_EXAMPLES = """examples:
 """
 KIB = 1 << 10
 SIZES = [KIB << shift for shift in range(0, 20, 2)]  # 1 KiB to 256 MiB
+SLOWEST, QUICKEST = 1e5, 1e12  # bits a second that a link can be throttled to
 UNITS = {"": 1, "K": KIB, "M": KIB << 10, "G": KIB << 20}
 
 
@@ -91,9 +96,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_dividing, default=[1, 2], metavar="K,K", help="numbers of ranks (default 1,2)"
     )
     parser.add_argument(
-        "--hosts", type=number, default=1, metavar="H", help="pretend hosts on this machine (default 1: itself)"
+        "--hosts", type=_host, default=1, metavar="H", help="pretend hosts on this machine (default 1: itself)"
     )
-    parser.add_argument("--link", default="1gbit", help="rate of every pretend host's link (default 1gbit)")
+    parser.add_argument("--link", type=_link, default="1gbit", help="rate of every pretend host's link (default 1gbit)")
     parser.add_argument(
         "--bucket", type=_size, default=UNITS["M"], metavar="B",
         help="bytes that several hosts exchange at a time (default 1M)",
@@ -113,10 +118,10 @@ def allreduce_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=_numbers, metavar="K,K", help="numbers of ranks, over all hosts")
     parser.add_argument(
-        "--hosts", type=_numbers, metavar="H,H",
+        "--hosts", type=_hosts, metavar="H,H",
         help="numbers of pretend hosts on this machine (default, without --ranks: 2 and 4 ranks on one, 2 on two)",
     )
-    parser.add_argument("--link", default="1gbit", help="rate of every pretend host's link (default 1gbit)")
+    parser.add_argument("--link", type=_link, default="1gbit", help="rate of every pretend host's link (default 1gbit)")
     parser.add_argument("--rounds", type=_positive(int), default=15, metavar="R", help="turns of all (default 15)")
     parser.add_argument(
         "--seconds", type=_positive(float), default=60.0, metavar="S",
@@ -126,7 +131,7 @@ def allreduce_arguments(parser: argparse.ArgumentParser) -> None:
         "--bucket", type=_size, default=UNITS["M"], metavar="B",
         help="bytes that several hosts exchange at a time (default 1M); within a host all at once",
     )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the result (PNG)")
+    parser.add_argument("--plot", metavar="FILE", type=_picture, help="draw the result (PNG)")
 
 
 BENCHMARKS = {
@@ -147,14 +152,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         benchmark.arguments(sub)
-        sub.add_argument("--out", metavar="FILE", type=Path, help="append the JSON lines to this file too")
+        sub.add_argument("--out", metavar="FILE", type=_file, help="append the JSON lines to this file too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and print every record as it comes; the exit code."""
+    """Measure, and print every record as it comes, and which of its ratios say nothing; the exit code."""
     measure = import_module(BENCHMARKS[arguments.benchmark].module).measure
+    ratios = doubted = 0
     for record in chain([machine()], measure(arguments)):
         _show({"bench": arguments.benchmark, **record}, arguments.out)
+        why = {key.removesuffix("_doubt"): text for key, text in record.items() if key.endswith("_doubt")}
+        ratios, doubted = ratios + sum(key.endswith("_of_pairs") for key in record), doubted + len(why)
+        if why:
+            say(f"  too uncertain to be quoted: {', '.join(f'{name} ({text})' for name, text in why.items())}")
+    if doubted:
+        busy = f"load {os.getloadavg()[0]:.1f} on {counted(_cores(), 'core')}"
+        say(f"{doubted} of {counted(ratios, 'ratio')} say nothing: measured too few times, or quartiles too far apart "
+            f"({busy}); measure again when it is quiet, with more rounds or larger sizes")
     return 0
 
 
@@ -190,9 +204,13 @@ def machine() -> dict[str, Any]:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "what": "machine", "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "system": platform.system(),
+        "cores": _cores(), "load": os.getloadavg()[0], "system": platform.system(),
         "versions": versions(),
     }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def spread(seconds: Sequence[float], prefix: str = "") -> dict[str, Any]:
@@ -204,12 +222,17 @@ def spread(seconds: Sequence[float], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def quotient(upper: Sequence[float], lower: Sequence[float], name: str = "ratio") -> dict[str, float]:
-    """How many times `upper` is `lower`: of the medians; the median over neighbours in time; of the minima."""
+def quotient(upper: Sequence[float], lower: Sequence[float], name: str = "ratio") -> dict[str, Any]:
+    """How many times `upper` is `lower`: of the medians; the median over neighbours in time; of the minima.
+
+    With the quartiles over the neighbours; where these say that the ratio means nothing, NAME_doubt is why.
+    """
     pairs = [a / b for a, b in zip(upper, lower, strict=True)]
+    why = doubt(pairs)
     return {
         name: statistics.median(upper) / statistics.median(lower), f"{name}_of_pairs": statistics.median(pairs),
-        f"{name}_of_minima": min(upper) / min(lower),
+        f"{name}_of_minima": min(upper) / min(lower), f"{name}_quartiles": spread(pairs)["quartiles_s"],
+        **({f"{name}_doubt": why} if why else {}),
     }
 
 
@@ -274,7 +297,12 @@ def recipe_for(folder: Path, run: Path, **tables: Any) -> dict[str, Any]:
 
 def _positive(kind: Any) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.inf
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number above 0")
         if not value > 0:
             raise argparse.ArgumentTypeError(f"'{text}' is not above 0")
         return value
@@ -290,6 +318,45 @@ def _numbers(text: str) -> list[int]:
     if found[0] < 1:
         raise argparse.ArgumentTypeError(f"'{text}': every number must be above 0")
     return found
+
+
+def _hosts(text: str) -> list[int]:
+    found = _numbers(text)
+    if found[-1] > MOST:
+        raise argparse.ArgumentTypeError(f"'{text}': this machine can pretend to be 1 to {MOST} hosts")
+    return found
+
+
+def _host(text: str) -> int:
+    found = _hosts(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"'{text}': one number of hosts at a time")
+    return found[0]
+
+
+def _link(text: str) -> str:
+    """A rate in tc's words, of bits a second."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.lower())
+    rate = float(found[1]) * 1000.0 ** " kmgt".index(found[2] or " ") if found else 0.0
+    if not SLOWEST <= rate <= QUICKEST:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a rate such as 100mbit or 1gbit, from 100kbit to 1tbit")
+    return text
+
+
+def _file(text: str) -> Path:
+    """A file to write: found out now, not after all was measured."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}': there is no folder '{path.parent}'; make it first")
+    return path
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"'{text}' is not the name of a PNG file; end it in .png")
+    return _file(text)
 
 
 def _dividing(text: str) -> list[int]:

@@ -8,6 +8,7 @@ it is one TCP stream.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 from hpc.bench import quotient, say, scratch, spread
 from hpc.bench_crew import Crew
 from hpc.hosts import Hosts, missing_rights
+from hpc.quantities import counted
 
 LEAST_ROUNDS = 3
+BUFFERS = 5  # of the largest size, that every rank holds
 
 Name = tuple[str, str]  # implementation, algorithm
 Seconds = dict[Name, list[float]]  # of every round
@@ -31,7 +34,8 @@ class Setting(NamedTuple):
     link: str | None
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks on {self.hosts} {'hosts, ' + self.link if self.link else 'host'}"
+        where = counted(self.hosts, "host")
+        return f"{counted(self.ranks, 'rank')} on {where}{', ' + self.link if self.link else ''}"
 
 
 def settings_of(ranks: list[int] | None, hosts: list[int] | None, link: str) -> list[Setting]:
@@ -44,17 +48,29 @@ def settings_of(ranks: list[int] | None, hosts: list[int] | None, link: str) -> 
         pairs = [(2, 1), (4, 1), (2, 2), (4, 2)]
     for k, h in pairs:
         if k % h or k < 2:
-            raise ValueError(f"{k} ranks on {h} hosts: give two ranks or more, and a multiple of the hosts")
+            asked = f"{counted(k, 'rank')} on {counted(h, 'host')}"
+            raise ValueError(f"{asked}: give two ranks or more, and a multiple of the hosts")
     return [Setting(k, h, link if h > 1 else None) for k, h in pairs]
+
+
+def check_memory(size: int, ranks: int) -> None:
+    """Raise ValueError if so many ranks cannot hold their buffers of `size` bytes in this machine's memory."""
+    need, have = BUFFERS * ranks * size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise ValueError(
+            f"--sizes: {size / 2**30:,.0f} GiB take {need / 2**30:,.0f} GiB of memory on {counted(ranks, 'rank')}, and "
+            f"this machine has {have / 2**30:,.1f} GiB; ask for smaller sizes"
+        )
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A record of every implementation and size, and what follows from them.
 
-    Raises ValueError for ranks that cannot be spread over the hosts, OSError where pretend hosts are asked for and
-    cannot be made.
+    Raises ValueError for ranks that cannot be spread over the hosts or sizes beyond the memory, OSError where pretend
+    hosts are asked for and cannot be made.
     """
     settings = settings_of(arguments.ranks, arguments.hosts, arguments.link)
+    check_memory(max(arguments.sizes), max(s.ranks for s in settings))
     missing = missing_rights() if any(s.hosts > 1 for s in settings) else ""
     if missing and arguments.hosts:
         raise OSError(missing)
@@ -145,7 +161,7 @@ def _records(
 
 
 def _summary(name: Name, where: dict[str, Any], setting: Setting, size: int, seconds: Seconds) -> dict[str, Any]:
-    """How many times as fast as MPI and gloo, and what share of the limit; the latter with its quartiles."""
+    """How many times as fast as MPI and gloo, and what share of the limit; with their quartiles."""
     ours, by_impl = seconds[name], {impl: taken for (impl, _), taken in seconds.items() if impl != "trireme"}
     record = {"what": "all-reduce against others", "algorithm": name[1], **where, "pairs": len(ours)}
     for peer in ("mpi", "gloo"):
@@ -156,6 +172,4 @@ def _summary(name: Name, where: dict[str, Any], setting: Setting, size: int, sec
     else:
         share = crossing(setting, size) / size
         limit, label = by_impl["tcp"], "of_tcp_goodput"
-    record |= quotient([share * taken for taken in limit], ours, label)
-    pairs = [share * taken / own for taken, own in zip(limit, ours, strict=True)]
-    return record | {f"{label}_quartiles": spread(pairs)["quartiles_s"]}
+    return record | quotient([share * taken for taken in limit], ours, label)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc.doctor import LAUNCH_NAMES
+from hpc.quantities import counted
 
 if TYPE_CHECKING:
     from hpc.hosts import Hosts  # which asks here for the launcher
@@ -148,7 +149,8 @@ def _launching(
         return [mpiexec(), *(["-bind-to", "core"] if bind else []), "-n", str(ranks), *worker], {}
     each, rest = divmod(ranks, len(hosts.names))
     if rest or not each:
-        raise ValueError(f"{ranks} ranks cannot be spread evenly over {len(hosts.names)} hosts; use a multiple")
+        asked = f"{counted(ranks, 'rank')} cannot be spread evenly over {counted(len(hosts.names), 'host')}"
+        raise ValueError(f"{asked}; use a multiple")
     return hosts.mpiexec([each] * len(hosts.names), worker)
 
 

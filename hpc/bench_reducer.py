@@ -27,9 +27,9 @@ import torch.distributed
 from mpi4py import MPI
 
 from collectives.comm import Comm
-from collectives.exchange import Exchange
 from collectives.layout import Layout
 from collectives.leaves import Leaves
+from collectives.plain import PlainSum
 from collectives.plan import Plan
 from hpc.bench import in_turns
 from hpc.bench_crew import Gate
@@ -41,6 +41,7 @@ REPEATS = 256  # but no more often
 COLD = 16 << 20  # bytes from which on nothing is repeated: caches hold what the other implementations left in them
 LONG = 64 << 20  # bytes beside which what a rested throttle lets through at once is nothing
 TRIALS = 3
+BURST = 256 << 10  # bytes that a rested throttle lets through at once (`hosts.py`)
 PERIOD = 251 << 12  # floats after which the checked values repeat
 SHORT = 4 << 20  # bytes up to which every host may as well do all the work itself
 STREAMED = 4 << 20  # bytes a read from a socket may bring at most
@@ -116,7 +117,7 @@ class Reducer:
         join_gloo(spec["store"], comm.size, spec["interface"], comm.rank)
         self.stream = Stream(comm) if len(comm.islands) > 1 else None
         place = comm.neighbours.index(comm.rank)
-        self.meeting = Meeting(comm.flags(2), place, 0, 1, None) if len(comm.islands) == 1 else None
+        self.meeting = Meeting(comm.memory.flags(2), place, 0, 1, None) if len(comm.islands) == 1 else None
         self.meetings = self.rounds = self.repeats = self.size = 0
         self.sides: list[Side] = []
 
@@ -145,7 +146,8 @@ class Reducer:
 
     def _timed(self, act: Callable[[], object], repeats: int) -> float:
         if repeats > 1 or (self.stream is not None and self.size < LONG):
-            act()  # brings its memory back into the caches, and takes what a rested throttle lets through
+            for _ in range(min(repeats, -(-BURST // self.size))):
+                act()  # brings its memory back into the caches, and takes what a rested throttle lets through
         self._meet()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -166,7 +168,7 @@ class Reducer:
         if several:
             algorithms += ["everyone"] * (4 * count <= SHORT) + ["ring"]
         leaves = Leaves(comm, count)
-        common = comm.common(count) if several else leaves.first  # in place, as MPI's
+        common = comm.memory.common(count) if several else leaves.first  # in place, as MPI's
         sides = []
         for algorithm in algorithms:
             layout = Layout(count, comm.islands, self.bucket // 4 if several else count, algorithm == "everyone")
@@ -174,7 +176,7 @@ class Reducer:
                 leaves, [common] * len(comm.neighbours), common, layout,
                 algorithm="ring" if algorithm == "ring" else "owners", totals="result",
             )
-            act = Exchange(comm, common, plan).sum_now
+            act = PlainSum(comm, common, plan)
             sides.append(Side("trireme", algorithm, leaves.mine[0].numpy(), act, common.numpy(), range(comm.size)))
         return sides
 

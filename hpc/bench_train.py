@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from hpc.bench import in_turns, make_data, quotient, recipe_for, say, scratch, spread
 from hpc.bench_crew import Crew
 from hpc.hosts import Hosts, missing_rights
+from hpc.quantities import counted
 
 WARM_UP = 3  # steps of every side before anything is measured
 SETTLE = 1  # steps of every turn that only bring the side's memory back into the caches
@@ -81,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     most = max(arguments.ranks)
     if arguments.batch % most:
-        raise ValueError(f"--batch {arguments.batch} is no multiple of {most} ranks; use one that is")
+        raise ValueError(f"--batch {arguments.batch} is no multiple of {counted(most, 'rank')}; use one that is")
     sides = sides_of(arguments.ranks, arguments.hosts)
     if arguments.hosts > 1 and (missing := missing_rights()):
         raise OSError(missing)

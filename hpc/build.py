@@ -134,7 +134,7 @@ def make_job(
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
     shared = kind.shares_weights and device.torch.type == "cpu"
-    flat = Flat(model, comm.common if shared else partial(comm.zeros, device=device.torch))
+    flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
     strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
     watchdog.lost = comm.lost

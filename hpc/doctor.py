@@ -112,8 +112,11 @@ def check_kernels() -> Finding:
 def check_torch() -> Finding:
     import torch
 
+    from hpc.quantities import counted
+
     flags = sorted(set(re.findall(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())))
-    text = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = counted(torch.get_num_threads(), "thread")
+    text = f"torch {torch.__version__}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
     slow = Finding("torch", "note", f"{text}, slow bfloat16", "train in float32 on this processor")
     return Finding("torch", "ok", f"{text}, fast bfloat16 ({', '.join(flags)})") if flags else slow
 

@@ -71,6 +71,12 @@ class Flat:
         first = bisect_right(self.offsets, low) - 1
         return range(first, bisect_left(self.offsets, high))
 
+    def frozen(self, low: int, high: int) -> list[slice]:
+        """Where in floats [low, high) parameters lie that take no gradient, counted from `low`."""
+        held = [n for n in self.within(low, high) if not self.parameters[n].requires_grad]
+        ends = [self.offsets[n] + self.parameters[n].numel() for n in held]
+        return [slice(max(0, self.offsets[n] - low), min(high, end) - low) for n, end in zip(held, ends, strict=True)]
+
     def name_at(self, index: int) -> str:
         """The name of the parameter that holds a float of the buffer."""
         return self.names[bisect_right(self.offsets, index) - 1]

@@ -15,6 +15,7 @@ import torch
 from collectives.comm import Comm
 from hpc.build import load_run
 from hpc.evaluate import PIECE_ROWS, batches_of
+from hpc.quantities import counted
 from hpc.run import compare_fields, read_data
 from hpc.shards import Dataset, ShardWriter, read_manifest
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     if arguments.to == "ark":
         comm.on_root(lambda: (out / "predictions.scp").write_text("".join(sorted(written)), encoding="utf-8"))
     what = "scaled log-likelihoods" if arguments.priors else "log posteriors"
-    comm.on_root(lambda: print(f"{len(written)} utterances of {what} in {out}"))
+    comm.on_root(lambda: print(f"{counted(len(written), 'utterance')} of {what} in {out}"))
     return 0
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from hpc.records import number
+
+FEWEST = 3  # measurements that say anything of how far they spread
+WIDE = 1.5  # quartiles whose quotient is above this: others used the machine, or too little was measured
 
 
 def moment(seconds: float) -> str:
@@ -24,6 +29,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{int(minutes)} min {int(seconds % 60)} s"
     return f"{int(minutes // 60):,} h {int(minutes % 60):02d} min"
+
+
+def counted(count: int, what: str) -> str:
+    """So many of what is named in the singular: "1 rank", "2 ranks", "1,293 frames"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def amount(value: Any) -> str:
@@ -60,6 +70,18 @@ def hidden_share(waited: float, active: float) -> float | None:
 def percent(share: float | None) -> str:
     """A fraction of 1 in whole percent: "83 %"; "–" if it is not known."""
     return "–" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+
+
+def doubt(ratios: Sequence[float]) -> str:
+    """Why the median of measured ratios says nothing: how few they are, or how far apart; "" if it does.
+
+    >>> doubt([1.0, 1.1]), doubt([1.0, 4.0, 9.0]), doubt([1.0, 1.1, 1.2])
+    ('2 pairs only', 'quartiles 2.5 and 6.5', '')
+    """
+    if len(ratios) < FEWEST:
+        return f"{counted(len(ratios), 'pair')} only"
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"quartiles {amount(low)} and {amount(high)}" if not high <= WIDE * low else ""
 
 
 def is_fraction(name: str) -> bool:

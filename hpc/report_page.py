@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hpc.quantities import amount, duration, hidden_share, metric, moment, percent, spoken
+from hpc.quantities import amount, counted, duration, hidden_share, metric, moment, percent, spoken
 from hpc.records import metrics_of, number
 from hpc.summary import (
     FAILED,
@@ -178,12 +178,13 @@ def _numbers(run: RunHistory) -> str:
     hosts, resumes = summary["hosts"], summary["resumes"]
     some_hosts = ", ".join(hosts[:3]) + (" …" if len(hosts) > 3 else "")
     cards += [
-        ("epochs", f"{summary['epochs']:.4g}", f"{summary['steps']:,} steps"),
+        ("epochs", f"{summary['epochs']:.4g}", counted(summary["steps"], "step")),
         ("frames seen", amount(summary["frames"]), f"{amount(start.get('train_frames'))} an epoch"),
         ("wall clock", duration(summary["seconds"]), f"resumed {resumes} time{'s' * (resumes != 1)}" if resumes else
          "in one go"),
         ("frames/s in training", amount(summary["frames_per_s"]), "all ranks together"),
-        ("ranks", amount(summary["ranks"]), f"{start.get('splits', '–')} splits"),
+        ("rank" if summary["ranks"] == 1 else "ranks", amount(summary["ranks"]),
+         counted(start["splits"], "split") if start.get("splits") else "– splits"),
         ("host" if len(hosts) == 1 else "hosts", str(len(hosts)), some_hosts),
     ]
     if summary["exchange_hidden"] is not None:

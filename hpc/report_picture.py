@@ -109,8 +109,24 @@ def wide_scale(axes: Axes, values: Iterable[float], ratio: float = 20.0) -> None
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def fraction_axis(axes: Axes, values: Iterable[float]) -> None:
+    """A y axis in percent that ends where errors and accuracies do: at 0, and at 100 if no value is above.
+
+    values  what is drawn; an error of words can be above 1
+    """
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g}%"))
+    low, high = axes.get_ylim()
+    above = any(value > 1 for value in values)
+    axes.set_ylim(max(low, 0.0), high if above else min(high, 1.0))
+
+
 def draw(run: RunHistory, theme: Theme = LIGHT) -> bytes:
     """The picture of a run as a PNG, 1600 pixels wide."""
+    return png(picture(run, theme), theme)
+
+
+def picture(run: RunHistory, theme: Theme = LIGHT) -> Figure:
+    """What `draw` renders."""
     bars = time_by_rank([*run.of("train"), *run.of("rest")])
     spent_height = 1.0 + (0.32 * max(len(bars), 2) if len(bars) <= BARS_AT_MOST else 2.6)
     figure = new_figure(3.5 + 2.8 + spent_height, theme)
@@ -134,7 +150,7 @@ def draw(run: RunHistory, theme: Theme = LIGHT) -> bytes:
                 if axes is losses:
                     axes.text(at, 0.02, " resumed", transform=axes.get_xaxis_transform(), color=theme.muted, fontsize=9)
     _time_spent(figure.add_subplot(grid[2, :]), bars, theme)
-    return png(figure, theme)
+    return figure
 
 
 def _resumes(run: RunHistory) -> list[float]:
@@ -156,7 +172,8 @@ def _mark_best(axes: Axes, theme: Theme, best: dict[str, Any] | None, name: str,
     if best is None or not math.isfinite(number(best.get(name))):
         return
     x, y = number(best.get("epoch")), best[name]
-    axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=theme.ink, markeredgewidth=1.6)
+    axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=theme.ink, markeredgewidth=1.6,
+              clip_on=False)
     axes.set_title(f"best {shown} at epoch {x:.4g}", loc="right", fontsize=10.5, color=theme.ink, pad=9)
 
 
@@ -189,7 +206,7 @@ def _metric(axes: Axes, run: RunHistory, theme: Theme, name: str) -> None:
     x, y = _series(run.of("validate"), name)
     axes.plot(x, y, color=theme.series[1], linewidth=2, **_marker(len(x)))
     if is_fraction(name):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g}%"))
+        fraction_axis(axes, y)
     else:
         wide_scale(axes, y)
     best = run.best

@@ -12,6 +12,7 @@ from rich.table import Table
 from collectives.comm import Comm
 from hpc.build import load_run
 from hpc.evaluate import evaluate
+from hpc.quantities import counted
 from hpc.run import compare_fields, read_data
 from hpc.shards import Dataset, read_manifest
 
@@ -46,7 +47,8 @@ def _print_metrics(arguments: argparse.Namespace, dataset: Dataset, metrics: dic
     if arguments.json:
         print(json.dumps({"run": str(arguments.run), "data": str(arguments.data), "frames": dataset.rows, **metrics}))
         return
-    table = Table(title=f"{arguments.run} on {arguments.data}: {dataset.utterances} utterances, {dataset.rows} frames")
+    size = f"{counted(dataset.utterances, 'utterance')}, {counted(dataset.rows, 'frame')}"
+    table = Table(title=f"{arguments.run} on {arguments.data}: {size}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

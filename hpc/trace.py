@@ -28,6 +28,8 @@ EXAMPLES = """examples:
 Open the JSON at https://ui.perfetto.dev (nothing is uploaded) or in chrome://tracing. Training records the first
 'log.trace' turns (a recipe key, default 20) after every start and every validation; a run that is still going, was
 killed or failed can be looked at too. On a GPU "forward" is the time to launch it, and "backward" what both take.
+
+The table's figures are means over the turns that a rank recorded, so a row's parts add up to its turn.
 """
 
 
@@ -40,7 +42,7 @@ def trace(run: Path, out: Path | None = None, turns: int = 3) -> dict[str, Any]:
 
     Returns {"json", "png": paths, "attempts": how many were traced, "step": where the last of them began,
     "ranks": `shares` of the last, "hidden": the share of its exchange that no rank waited for (or None), "slowest": the
-    rank that the others wait for, "behind": how much longer it works than the median rank, as a fraction}.
+    rank that the others wait for, "behind": how much longer it works than the median of the others, as a fraction}.
     Raises ValueError if the run has no trace; OSError if a file cannot be written.
     """
     from hpc.trace_picture import draw  # matplotlib: only where something is drawn
@@ -56,7 +58,8 @@ def trace(run: Path, out: Path | None = None, turns: int = 3) -> dict[str, Any]:
     ranks = [shares(rank) | ({} if hidden is not None else {"exchange_hidden": None}) for rank in last.ranks.values()]
     working = {row["rank"]: row["working_s"] for row in ranks if row["turns"]}
     slowest = max(working, key=lambda rank: working[rank], default=None)
-    usual = statistics.median(working.values()) if working else 0.0
+    others = [seconds for rank, seconds in working.items() if rank != slowest]
+    usual = statistics.median(others) if others else 0.0
     replace_file(target, json.dumps(chrome(attempts)).encode())
     replace_file(target.with_suffix(".png"), draw(run.resolve().name, last, turns, slowest))
     return {
@@ -81,9 +84,10 @@ def hidden_over(ranks: Iterable[RankTrace]) -> float | None:
 
 
 def shares(trace: RankTrace) -> dict[str, Any]:
-    """A rank's traced turns in numbers: how many, their median seconds, the share of each phase and of what is none.
+    """A rank's traced turns in numbers: how many, and means over all of them, so that the parts add up to the whole.
 
-    "working_s" is the mean of a turn's seconds outside the phase "exchange", where a rank waits for slower ones;
+    "turn_s" is the mean turn's seconds, "shares" are each phase's part of it, and OTHER what belongs to none;
+    "working_s" is what of "turn_s" lies outside the phase "exchange", where a rank waits for slower ones;
     "exchange_hidden" the share of its exchanges that it did not wait for (None where their parts were not recorded).
     """
     turns = trace.turns
@@ -94,13 +98,13 @@ def shares(trace: RankTrace) -> dict[str, Any]:
             if phase in PHASES:
                 spent[phase] = spent.get(phase, 0.0) + seconds
     spent[OTHER] = max(0.0, whole - sum(spent.values()))
-    working = whole - spent.get(WAITING, 0.0)
     waited, exchanging = spent.get(WAITING, 0.0), sum(turn.exchanging() for turn in turns)
     return {
         "rank": trace.rank, "host": trace.host, "turns": len(turns),
-        "turn_s": statistics.median(turn.seconds for turn in turns) if turns else None,
+        "turn_s": whole / len(turns) if turns else None,
         "shares": {phase: seconds / whole for phase, seconds in spent.items()} if whole else {},
-        "working_s": working / len(turns) if turns else None, "exchange_hidden": hidden_share(waited, exchanging),
+        "working_s": (whole - waited) / len(turns) if turns else None,
+        "exchange_hidden": hidden_share(waited, exchanging),
     }
 
 
@@ -161,10 +165,11 @@ def show(found: dict[str, Any], console: Console) -> None:
     for name in ("rank", "host", "turns", "a turn", *phases, OTHER, *(["hidden"] if hidden else [])):
         table.add_column(name, justify="left" if name == "host" else "right", overflow="fold")
     for row in ranks:
-        told = [percent(row["shares"].get(phase, 0.0)) for phase in (*phases, OTHER)]
+        told = [f"{share} %" for share in percents([row["shares"].get(phase, 0.0) for phase in (*phases, OTHER)])]
         told += [percent(row["exchange_hidden"])] if hidden else []
         table.add_row(str(row["rank"]), row["host"], str(row["turns"]), duration_of_turn(row["turn_s"]), *told)
     console.print(table)
+    console.print("Means over each rank's turns: the parts of a row add up to its turn.", soft_wrap=True)
     if hidden:
         console.print(f"Of the exchange, {percent(found['hidden'])} was hidden behind computing.", soft_wrap=True)
     console.print(slowest_words(found), soft_wrap=True)
@@ -176,6 +181,19 @@ def show(found: dict[str, Any], console: Console) -> None:
     return None
 
 
+def percents(parts: Sequence[float]) -> list[int]:
+    """Parts of 1 in whole percent that add up as the parts do: what rounding leaves over goes to the largest rests.
+
+    >>> percents([1 / 3, 1 / 3, 1 / 3])
+    [34, 33, 33]
+    """
+    found = [int(100 * part) for part in parts]
+    rests = sorted(range(len(parts)), key=lambda at: found[at] - 100 * parts[at])
+    for at in rests[: round(100 * sum(parts)) - sum(found)]:
+        found[at] += 1
+    return found
+
+
 def duration_of_turn(seconds: float) -> str:
     """Seconds as "12.3 ms" below a second, else as durations are said."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else duration(seconds)
@@ -183,14 +201,18 @@ def duration_of_turn(seconds: float) -> str:
 
 def slowest_words(found: dict[str, Any]) -> str:
     """Which rank the others wait for."""
-    row = next(row for row in found["ranks"] if row["rank"] == found["slowest"])
-    works = f"{duration_of_turn(row['working_s'])} a turn outside the exchange"
-    if len(found["ranks"]) == 1:
+    ranks = [row for row in found["ranks"] if row["turns"]]
+    row = next(row for row in ranks if row["rank"] == found["slowest"])
+    works = f"{duration_of_turn(row['working_s'])} of a turn's {duration_of_turn(row['turn_s'])} outside 'exchange'"
+    if len(ranks) == 1:
         return f"One rank: {works}."
-    who = f"The slowest is rank {row['rank']} on {row['host']}: {works}"
-    if found["behind"] < EVEN:
-        return f"{who}, {percent(found['behind'])} more than the median rank: the ranks are even."
-    return f"{who}, {percent(found['behind'])} more than the median rank; the others wait for it in 'exchange'."
+    others = [other["rank"] for other in ranks if other is not row]
+    one = len(others) == 1
+    whom = f"rank {others[0]}" if one else "the median of the others"
+    wait = f", which {'waits' if one else 'wait'} for it in 'exchange'."
+    verdict = ": the ranks are even." if found["behind"] < EVEN else wait
+    more = f"{percent(found['behind'])} more than {whom}{verdict}"
+    return f"The slowest is rank {row['rank']} on {row['host']}: {works}, {more}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

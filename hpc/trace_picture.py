@@ -1,27 +1,38 @@
-"""A few turns of every rank as a timeline: a thick lane of phases, a thin one of the exchange's parts below it.
+"""A few turns of every rank as a timeline: a thick lane of phases, thin ones of the exchange's parts below it.
 
-Colours are those of the report's picture; grey is what belongs to no phase.
+Phases have the colours of the report's picture, and some of them a pattern too, for readers of grey; grey is what
+belongs to no phase. Parts of the exchange run from dark to light, in a colour that no phase has.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 
 from hpc.quantities import hidden_share, percent
 from hpc.report_picture import LIGHT, PHASE_SERIES, dress, new_figure, png
-from hpc.trace_records import EXCHANGE, STEP, WAITING, Attempt, RankTrace, Span, Turn, lanes_of, last_turns
+from hpc.trace_records import EXCHANGE, STEP, WAITING, Attempt, RankTrace, Span, Turn, bucket_of, lanes_of, last_turns
 
 RANKS_AT_MOST = 24  # lanes that can be told apart; of more ranks, some are drawn
 INCHES = 1.1  # of paper for 1.0 of height
 PHASE_HEIGHT, PART_HEIGHT, GAP = 0.44, 0.18, 0.05
 LINES_AT_MOST = 6  # of parts under way at the same time; with more they get thinner
-NAMED, TIMED = 0.06, 0.042  # shares of the width from which a bar carries its name and milliseconds, or these alone
-TINTS = (0.0, 0.42, 0.68)  # how far the kinds of an exchange's parts are from its colour to white
+MARGIN = 4.0  # points that a label leaves free at either side of its bar
+SHADES = ("#3b1a66", "#8d66bd", "#d9c8ec", "#f4effa")  # of the kinds of an exchange's parts
+DARK_SHADES = 2  # so many of them take white text
+# What its colour alone does not tell from forward or backward in grey.
+PATTERNS = {WAITING: "////", "read": "....", "checkpoint": "\\\\\\", "validate": "---"}
+PALE = "#fbe3d1"  # the ground of what is waited for, under stripes in the phase's colour
+WORDS = {"reduce": "reduce: gather and sum gradients", "update": "update: new weights from them",
+         "share": "share: new weights to all"}
 
 
 def draw(name: str, attempt: Attempt, count: int, slowest: int | None) -> bytes:
@@ -32,20 +43,28 @@ def draw(name: str, attempt: Attempt, count: int, slowest: int | None) -> bytes:
     count    turns to draw; fewer where fewer follow one another
     slowest  the rank to mark, drawn whatever the number of ranks; None: no one
     """
+    return png(picture(name, attempt, count, slowest), LIGHT)
+
+
+def picture(name: str, attempt: Attempt, count: int, slowest: int | None) -> Figure:
+    """What `draw` renders."""
     ranks = chosen(sorted(attempt.ranks), slowest)
     steps = last_turns(attempt.ranks[slowest if slowest is not None else ranks[0]], count)
     drawn = {rank: _within(attempt.ranks[rank], steps) for rank in ranks}
     lines = {rank: list(lanes_of(s for s in drawn[rank] if s.lane == EXCHANGE).values()) for rank in ranks}
     spans = [span for held in drawn.values() for span in held]
-    begin, end = (min(s.begin for s in spans), max(s.end for s in spans)) if spans else (0, 1)
+    shown: list[Span | Turn] = [*spans]
+    shown += [turn for rank in ranks for turn in attempt.ranks[rank].turns if turn.step in steps]
+    begin, end = (min(s.begin for s in shown), max(s.end for s in shown)) if shown else (0, 1)
     scale = _Scale(begin, (end - begin) / 1e6, max(len(held) for held in lines.values()))
-    kinds = list(dict.fromkeys(kind_of(s.name) for s in sorted(spans, key=lambda s: s.begin) if s.lane == EXCHANGE))
-    figure = new_figure(1.6 + INCHES * scale.row * max(len(ranks), 2), LIGHT)
+    parts = [s for s in sorted(spans, key=lambda s: s.begin) if s.lane == EXCHANGE]
+    kinds = list(dict.fromkeys(kind_of(s.name) for s in parts))
+    figure = new_figure(1.75 + INCHES * scale.row * max(len(ranks), 2), LIGHT)
     axes = figure.add_subplot()
     dress(axes, LIGHT, _title(name, steps), f"milliseconds since step {steps[0]:,} began" if steps else "")
     for row, rank in enumerate(ranks):
         top = row * scale.row
-        _turns(axes, top, attempt.ranks[rank], steps, scale, label=not row)
+        _turns(axes, top, attempt.ranks[rank], steps, scale)
         _phases(axes, top, [s for s in drawn[rank] if s.lane == STEP], scale)
         for number, held in enumerate(lines[rank]):
             _parts(axes, top + PHASE_HEIGHT + GAP + number * scale.line, held, scale, kinds)
@@ -57,9 +76,20 @@ def draw(name: str, attempt: Attempt, count: int, slowest: int | None) -> bytes:
     axes.grid(False, axis="y")
     axes.set_title(_hidden_words(attempt, steps), loc="right", fontsize=10.5, color=LIGHT.ink, pad=20)
     handles = _legend(spans, kinds)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) < 10 else 6,
-                  frameon=False, fontsize=10, labelcolor=LIGHT.ink, handlelength=1.2, columnspacing=1.4)
-    return png(figure, LIGHT)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=5, title=_explained(parts),
+                           title_fontsize=10, frameon=False, fontsize=10, labelcolor=LIGHT.ink, handlelength=1.8,
+                           columnspacing=1.4)
+    legend.get_title().set_color(LIGHT.ink)
+    figure.draw_without_rendering()  # only now it is known how wide the axes are
+    scale.points = axes.get_window_extent().width * 72 / figure.dpi / 1.004
+    _name_steps(axes, [turn for turn in attempt.ranks[ranks[0]].turns if turn.step in steps], scale)
+    for row, rank in enumerate(ranks):
+        top = row * scale.row
+        _name_phases(axes, top, [s for s in drawn[rank] if s.lane == STEP], scale)
+        for number, held in enumerate(lines[rank]):
+            middle = top + PHASE_HEIGHT + GAP + (number + 0.5) * scale.line
+            _name_parts(axes, middle, held, scale, kinds, len({bucket_of(s.name) for s in parts}) > 1)
+    return figure
 
 
 class _Scale:
@@ -67,12 +97,25 @@ class _Scale:
 
     def __init__(self, begin: int, width: float, lines: int):
         self.begin, self.width = begin, width
+        self.points = 0.0  # that `width` takes on paper
         self.line = PART_HEIGHT * min(1.0, LINES_AT_MOST / max(lines, 1))
         self.row = PHASE_HEIGHT + 3 * GAP + (GAP + lines * self.line if lines else 0.0)
 
     def bar(self, span: Span | Turn) -> tuple[float, float]:
         """(left, length) in milliseconds."""
         return (span.begin - self.begin) / 1e6, (span.end - span.begin) / 1e6
+
+    def fitting(self, length: float, said: Sequence[str], size: float) -> str:
+        """The first of what could be said in a bar of so many milliseconds that fits it; "" if none does."""
+        room = length / self.width * self.points - 2 * MARGIN
+        return next((text for text in said if text_width(text, size) <= room), "") if room > 0 else ""
+
+
+@cache
+def text_width(text: str, size: float) -> float:
+    """How many points wide a text is: its longest line."""
+    font = FontProperties(size=size)
+    return max(float(TextPath((0, 0), line, prop=font).get_extents().width) for line in text.split("\n"))
 
 
 def chosen(ranks: Sequence[int], slowest: int | None) -> list[int]:
@@ -100,56 +143,85 @@ def _within(trace: RankTrace, steps: Sequence[int]) -> list[Span]:
     return [s for s in trace.spans if s.lane in (STEP, EXCHANGE) and s.begin >= begin and s.begin < end]
 
 
-def _turns(axes: Axes, top: float, trace: RankTrace, steps: Sequence[int], scale: _Scale, label: bool) -> None:
-    """Each turn's ground, in the colour of what belongs to no phase, a line at its end, and its step above."""
+def _turns(axes: Axes, top: float, trace: RankTrace, steps: Sequence[int], scale: _Scale) -> None:
+    """Each turn's ground, in the colour of what belongs to no phase, and a line at its end."""
     for turn in trace.turns:
         if turn.step not in steps:
             continue
         left, length = scale.bar(turn)
         axes.broken_barh([(left, length)], (top, PHASE_HEIGHT), facecolor=LIGHT.grid, linewidth=0)
         axes.plot([left + length] * 2, [top - GAP, top + scale.row - 2 * GAP], color=LIGHT.ink, linewidth=1.1, zorder=4)
-        if label:
-            axes.annotate(f"step {turn.step:,}", (left + length / 2, 1.0), xycoords=axes.get_xaxis_transform(),
-                          xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9.5,
-                          color=LIGHT.muted)
+
+
+def _name_steps(axes: Axes, turns: Sequence[Turn], scale: _Scale) -> None:
+    """The step of every turn above it, where it fits."""
+    for turn in turns:
+        left, length = scale.bar(turn)
+        said = scale.fitting(length, (f"step {turn.step:,}", f"{turn.step:,}"), 9.5)
+        axes.annotate(said, (left + length / 2, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 2),
+                      textcoords="offset points", ha="center", va="bottom", fontsize=9.5, color=LIGHT.muted)
 
 
 def _phases(axes: Axes, top: float, spans: Sequence[Span], scale: _Scale) -> None:
     for name in dict.fromkeys(span.name for span in spans):
         bars = [scale.bar(s) for s in spans if s.name == name]
-        axes.broken_barh(bars, (top, PHASE_HEIGHT), facecolor=_colour(name), linewidth=0, zorder=2)
-        for left, length in bars:
-            said = f"{length:.3g} ms" if length >= TIMED * scale.width else ""
-            said = f"{name}\n{said}" if length >= NAMED * scale.width else said
-            axes.text(left + length / 2, top + PHASE_HEIGHT / 2, said, ha="center", va="center", fontsize=9,
-                      color=LIGHT.on_phase(name) if name in PHASE_SERIES else "#ffffff", zorder=3, clip_on=True,
-                      linespacing=1.15)
+        axes.broken_barh(bars, (top, PHASE_HEIGHT), zorder=2, **_look(name))
 
 
 def _parts(axes: Axes, top: float, spans: Sequence[Span], scale: _Scale, kinds: Sequence[str]) -> None:
-    """One line of an exchange's parts; the number of the bucket is written where it fits."""
-    for index, kind in enumerate(kinds):
-        held = [s for s in spans if kind_of(s.name) == kind]
-        bars = [scale.bar(s) for s in held]
-        axes.broken_barh(bars, (top, scale.line), facecolor=_tint(index), edgecolor=LIGHT.surface, linewidth=0.6,
+    """One line of an exchange's parts."""
+    for kind in kinds:
+        bars = [scale.bar(s) for s in spans if kind_of(s.name) == kind]
+        axes.broken_barh(bars, (top, scale.line), facecolor=_shade(kind, kinds), edgecolor=LIGHT.surface, linewidth=0.6,
                          zorder=2)
-        for span, (left, length) in zip(held, bars, strict=True):
-            numbers = re.findall(r"\d+", span.name)
-            if numbers and length >= 0.012 * scale.width and scale.line >= 0.6 * PART_HEIGHT:
-                axes.text(left + length / 2, top + scale.line / 2, numbers[0], ha="center", va="center_baseline",
-                          fontsize=8, color="#101418" if index else "#ffffff", zorder=3, clip_on=True)
 
 
-def _colour(phase: str) -> str:
-    """A phase's colour; what the report knows no colour for ("log") is muted."""
-    return LIGHT.phase(phase) if phase in PHASE_SERIES else LIGHT.muted
+def _name_phases(axes: Axes, top: float, spans: Sequence[Span], scale: _Scale) -> None:
+    """A phase's name and milliseconds, or these alone, where they fit."""
+    for span in spans:
+        left, length = scale.bar(span)
+        said = scale.fitting(length, (f"{span.name}\n{length:.3g} ms", f"{length:.3g} ms"), 9)
+        colour = LIGHT.on_phase(span.name) if span.name in PHASE_SERIES else "#ffffff"
+        if span.name == WAITING:
+            colour = LIGHT.ink
+        text = _say(axes, left + length / 2, top + PHASE_HEIGHT / 2, said, 9, colour)
+        if text and span.name in PATTERNS:  # letters on a pattern cannot be read
+            text.set_bbox({"facecolor": _look(span.name)["facecolor"], "linewidth": 0, "pad": 1.5})
 
 
-def _tint(index: int) -> tuple[float, float, float]:
-    """The exchange's colour, lighter for every further kind of part."""
-    far = TINTS[min(index, len(TINTS) - 1)]
-    red, green, blue = to_rgb(LIGHT.phase(WAITING))
-    return (red + (1 - red) * far, green + (1 - green) * far, blue + (1 - blue) * far)
+def _name_parts(
+    axes: Axes, middle: float, spans: Sequence[Span], scale: _Scale, kinds: Sequence[str], several: bool
+) -> None:
+    """What a part does and of which bucket, if there are several; or the bucket alone; where it fits."""
+    if scale.line < 0.6 * PART_HEIGHT:
+        return
+    for span in spans:
+        left, length = scale.bar(span)
+        kind, bucket = kind_of(span.name), bucket_of(span.name).split()[-1:]
+        said = scale.fitting(length, [" ".join([kind, *bucket]), *bucket] if several else [kind], 8)
+        dark = list(kinds).index(kind) < DARK_SHADES
+        _say(axes, left + length / 2, middle, said, 8, "#ffffff" if dark else "#101418")
+
+
+def _say(axes: Axes, x: float, y: float, said: str, size: float, colour: str) -> Text | None:
+    if not said:
+        return None
+    return axes.text(x, y, said, ha="center", va="center_baseline" if "\n" not in said else "center", fontsize=size,
+                     color=colour, zorder=3, clip_on=True, linespacing=1.15)
+
+
+def _look(phase: str) -> dict[str, Any]:
+    """How a phase's bars are filled; what the report knows no colour for ("log") is muted."""
+    colour = LIGHT.phase(phase) if phase in PHASE_SERIES else LIGHT.muted
+    if phase not in PATTERNS:
+        return {"facecolor": colour, "linewidth": 0}
+    ground, lines = (PALE, colour) if phase == WAITING else (colour, "#ffffff")
+    return {"facecolor": ground, "edgecolor": lines, "hatch": PATTERNS[phase], "linewidth": 0}
+
+
+def _shade(kind: str, kinds: Sequence[str]) -> str:
+    """The colour of a kind of an exchange's parts."""
+    return SHADES[min(list(kinds).index(kind), len(SHADES) - 1)]
 
 
 def _who(trace: RankTrace, slowest: int | None, ranks: int) -> str:
@@ -173,7 +245,16 @@ def _hidden_words(attempt: Attempt, steps: Sequence[int]) -> str:
 
 def _legend(spans: Sequence[Span], kinds: Sequence[str]) -> list[Patch]:
     phases = dict.fromkeys(span.name for span in sorted(spans, key=lambda s: s.begin) if span.lane == STEP)
-    said = {WAITING: f"{WAITING}: waited for"}
-    handles = [Patch(color=_colour(phase), label=said.get(phase, phase)) for phase in phases]
+    said = {WAITING: f"{WAITING}: waiting for it"}
+    handles = [Patch(label=said.get(phase, phase), **_look(phase)) for phase in phases]
     handles.append(Patch(color=LIGHT.grid, label="other"))
-    return handles + [Patch(color=_tint(i), label=f"bucket: {kind}") for i, kind in enumerate(kinds)]
+    return handles + [Patch(color=_shade(kind, kinds), label=WORDS.get(kind, kind)) for kind in kinds]
+
+
+def _explained(parts: Sequence[Span]) -> str:
+    """What the thin bars are, and the numbers in them."""
+    buckets = len({bucket_of(span.name) for span in parts})
+    said = "Thick bars: what a rank is doing. Thin bars: the exchange of the gradient"
+    if buckets > 1:
+        return f"{said}, in {buckets} buckets; number 0 holds the model's last layers, where backward begins."
+    return f"{said}, all of it at once." if buckets else ""

@@ -15,6 +15,7 @@ from collectives.strategy import TrainingFailed
 from hpc.build import finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
 from hpc.config import Recipe, load
+from hpc.quantities import counted
 from hpc.run import MODEL, SUCCESS, RunFolder
 from hpc.runtime import PREEMPTED, Device, StopFlag, Watchdog, open_log, versions
 from hpc.train import Job, train
@@ -92,9 +93,9 @@ def _train(recipe: Recipe, job: Job, at: int, folder: RunFolder) -> int:
     )
     log = logging.getLogger("trireme")
     log.info(
-        "%s: %s parameters, %s training frames, %d ranks on %s, %d splits, steps %d to %d",
-        folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", comm.size, ", ".join(hosts), comm.n_splits, at,
-        job.schedule.steps,
+        "%s: %s parameters, %s training frames, %s on %s, %s, steps %d to %d",
+        folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", counted(comm.size, "rank"), ", ".join(hosts),
+        counted(comm.n_splits, "split"), at, job.schedule.steps,
     )
     finished = train(job, at)
     job.batches.close()

@@ -1,5 +1,6 @@
 """`trireme bench` on tiny sizes: every line is JSON of the documented shape, and its numbers agree with each other."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -248,23 +249,63 @@ def test_sides_share_the_splits_of_the_largest_number_of_ranks():
 
 def test_quotients():
     found = bench.quotient([2.0, 4.0, 60.0], [1.0, 1.0, 6.0])
-    assert found == {"ratio": 4.0, "ratio_of_pairs": 4.0, "ratio_of_minima": 2.0}
+    assert found == {
+        "ratio": 4.0, "ratio_of_pairs": 4.0, "ratio_of_minima": 2.0, "ratio_quartiles": [3.0, 7.0],
+        "ratio_doubt": "quartiles 3 and 7",
+    }
+    assert bench.quotient([2.0, 4.0], [1.0, 2.0])["ratio_doubt"] == "2 pairs only"
+    steady = bench.quotient([2.0, 2.2, 2.1, 2.0], [1.0, 1.0, 1.0, 1.0], "times")
+    assert not [key for key in steady if key.endswith("doubt")] and steady["times_quartiles"] == [2.0, 2.125]
+
+
+def test_ratios_that_say_nothing_are_not_left_uncommented(monkeypatch, capsys):
+    """Records as they come from measurements, of which only the first is steady."""
+    def measure(arguments):
+        yield {"what": "calm", **bench.quotient([2.0, 2.1, 2.0], [1.0, 1.0, 1.0])}
+        yield {"what": "wild", **bench.quotient([2.0, 9.0, 80.0], [1.0, 1.0, 1.0], "times_mpi")}
+
+    monkeypatch.setattr("hpc.bench_allreduce.measure", measure)
+    assert bench.run(argparse.Namespace(benchmark="allreduce", out=None)) == 0
+    printed = capsys.readouterr()
+    assert "too uncertain to be quoted: times_mpi (quartiles 5.5 and 44.5)" in printed.err
+    assert "1 of 2 ratios say nothing" in printed.err and "quiet" in printed.err
+    assert [json.loads(line).get("times_mpi_doubt") for line in printed.out.splitlines()][1:] == [
+        None, "quartiles 5.5 and 44.5"]
 
 
 @pytest.mark.parametrize("words, said", [
     (["train", "--ranks", "2,3"], "divide the largest"),
     (["train", "--ranks", "1,2", "--batch", "33"], "multiple of 2 ranks"),
     (["train", "--hosts", "3", "--batch", "32"], "none is a multiple of 3 hosts"),
-    (["allreduce", "--ranks", "1"], "two ranks or more"),
+    (["allreduce", "--ranks", "1"], "1 rank on 1 host: give two ranks or more"),
     (["allreduce", "--ranks", "3", "--hosts", "2"], "a multiple of the hosts"),
     (["allreduce", "--sizes", "1K,3"], "a multiple of 4 bytes"),
     (["allreduce", "--sizes", "many"], "not a size such as"),
+    (["allreduce", "--sizes", "60000G", "--ranks", "2"], "--sizes: 60,000 GiB take 600,000 GiB of memory on 2 ranks"),
+    (["allreduce", "--link", "fast"], "--link: 'fast' is not a rate such as 100mbit or 1gbit"),
+    (["train", "--link", "1kbit"], "--link: '1kbit' is not a rate"),
+    (["allreduce", "--ranks", "two"], "not a list of numbers such as 1,2,4"),
+    (["allreduce", "--hosts", "2,100"], "'2,100': this machine can pretend to be 1 to 64 hosts"),
+    (["train", "--hosts", "1,2"], "one number of hosts at a time"),
+    (["allreduce", "--rounds", "1.5"], "'1.5' is not a whole number above 0"),
+    (["allreduce", "--seconds", "nan"], "not above 0"),
+    (["allreduce", "--bucket", "1"], "not a size such as 4K"),
+    (["allreduce", "--plot", "nowhere/x.png"], "there is no folder 'nowhere'"),
+    (["allreduce", "--plot", "x.jpg"], "end it in .png"),
+    (["data", "--out", "."], "'.' is a folder"),
     (["data", "--gb", "0"], "not above 0"),
     (["data", "--data", "nowhere"], "not a data set"),
 ])
 def test_mistakes_are_explained(words, said):
     records, errors = launched(*words, fails=True)
     assert said in errors and not [r for r in records if r["what"] != "machine"]
+
+
+@pytest.mark.parametrize("rate", ["1gbit", "100mbit", "2.5Gbit", "100kbit", "1tbit"])
+def test_rates_that_a_link_can_have(rate):
+    parser = argparse.ArgumentParser()
+    bench.allreduce_arguments(parser)
+    assert parser.parse_args(["--link", rate]).link == rate
 
 
 def test_workers_that_end_by_themselves_are_reported(tmp_path):

@@ -16,6 +16,7 @@ from collectives.comm import Comm
 from collectives.exchange import Exchange
 from collectives.layout import GRAIN, Layout, cut_buckets
 from collectives.leaves import Leaves
+from collectives.plain import PlainSum
 from collectives.plan import Plan
 
 FLOATS = 9 * GRAIN + 64
@@ -35,9 +36,9 @@ def values(split, turn, size=FLOATS):
 def make(comm, algorithm, *, wire="float32", bucket=2 * GRAIN, size=FLOATS, **options):
     leaves = Leaves(comm, size, wire)
     layout = Layout(size, comm.islands, bucket, algorithm == "everyone")
-    common = comm.common(size)
+    common = comm.memory.common(size)
     route = "ring" if algorithm == "ring" else "owners"
-    plan = Plan(leaves, comm.results(common), common, layout, algorithm=route, totals="result")
+    plan = Plan(leaves, comm.memory.results(common), common, layout, algorithm=route, totals="result")
     return Exchange(comm, common, plan, **options)
 
 
@@ -115,13 +116,15 @@ def test_whole_strategies_learn_the_same_on_any_islands():
 @pytest.mark.mpi(ranks=[2], timeout=60)
 def test_frozen_and_unused_parameters_are_no_trouble():
     def digest(comm):
-        problem = Problem("allreduce", comm, "sgd", options={"bucket_mib": 1 / 256}, prepare=False)
-        problem.model[0].weight.requires_grad_(False)
-        problem.model[2].bias.requires_grad_(False)
-        before = problem.model[0].weight.clone()
+        problem = Problem("allreduce", comm, options={"bucket_mib": 1 / 256}, prepare=False)  # Adam, with decay
+        frozen = [problem.model[0].weight, problem.model[2].bias]
+        before = [parameter.requires_grad_(False).clone() for parameter in frozen]
+        others = [problem.model[0].bias.clone(), problem.model[2].weight.clone()]
         problem.strategy.prepare()
         problem.run(3)
-        assert torch.equal(problem.model[0].weight, before)
+        assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
+        assert not torch.equal(problem.model[0].bias, others[0])
+        assert not torch.equal(problem.model[2].weight, others[1])
         return problem.digest()
 
     world = Comm()
@@ -146,20 +149,22 @@ def test_a_second_gradient_of_a_parameter_is_an_error_and_not_a_wrong_sum():
     problem.comm.barrier()
 
 
-@pytest.mark.mpi(ranks=[1, 2, 3], timeout=60)
+@every_number
 def test_a_sum_of_what_lies_there_already():
     world = Comm()
-    exact = sum(values(split, 0).double() for split in range(world.size))
-    for islands in ISLANDS[world.size]:
-        for bucket in (2 * GRAIN, FLOATS):
-            exchange = make(world.with_islands(islands), "owners", bucket=bucket)
-            for _ in range(3):
-                exchange.plan.leaves.mine[0].copy_(values(world.rank, 0))
-                exchange.common.zero_()
-                world.barrier()
-                exchange.sum_now()
-                torch.testing.assert_close(exchange.common.double(), exact, rtol=0, atol=1e-5)
-                world.barrier()
+    for turn in range(2):
+        exact = sum(values(split, turn).double() for split in range(world.size))
+        for islands in ISLANDS[world.size]:
+            for algorithm, bucket in (("owners", 2 * GRAIN), ("owners", FLOATS), ("everyone", FLOATS)):
+                exchange = make(world.with_islands(islands), algorithm, bucket=bucket)
+                plain = PlainSum(exchange.comm, exchange.common, exchange.plan)
+                for _ in range(3):
+                    exchange.plan.leaves.mine[0].copy_(values(world.rank, turn))
+                    exchange.common.zero_()
+                    world.barrier()
+                    plain()
+                    torch.testing.assert_close(exchange.common.double(), exact, rtol=0, atol=1e-5)
+                    world.barrier()
 
 
 @pytest.mark.mpi(ranks=[2], timeout=60)

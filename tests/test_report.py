@@ -19,8 +19,10 @@ from hpc import compare as comparing
 from hpc import report as reporting
 from hpc import trace as tracing
 from hpc.compare import compare, distinct_names, recipe_differences, same_until, show
+from hpc.quantities import counted
 from hpc.records import read_attempts, read_records
 from hpc.report import report
+from hpc.report_picture import picture
 from hpc.summary import (
     FAILED,
     FINISHED,
@@ -334,6 +336,30 @@ def test_a_damaged_failure_file_still_gives_a_page(tmp_path, text):
     log = Log(tmp_path / "run").start()
     (log.path / "failure.json").write_text(text)
     assert "failed" in page_of(log.path).text
+
+
+@pytest.mark.parametrize(("name", "values", "ends"), [
+    ("frame_error", [0.9, 0.05, 0.0005], (0.0, 1.0)),
+    ("frame_error", [0.0, 0.0], (0.0, 1.0)),
+    ("accuracy", [0.1, 0.9, 0.9995], (0.0, 1.0)),
+    ("word_error", [1.7, 0.4, 0.001], (0.0, 2.0)),
+])
+def test_a_share_is_drawn_between_nothing_and_all(tmp_path, name, values, ends):
+    log = Log(tmp_path / "run").start()
+    for step, value in enumerate(values, 1):
+        log.write("validate", step, epoch=step / PER_EPOCH, frames=step * BATCH, loss=1 / step, learning_rate=0.1,
+                  seconds=0.2, verdict="continue", best=True, **{name: value})
+    title = f"Validation {name.replace('_', ' ')}"
+    axes = next(a for a in picture(read_run(log.path)).axes if a.get_title("left") == title)
+    low, high = axes.get_ylim()
+    assert ends[0] <= low <= min(values) and max(values) <= high <= ends[1] and low < high
+
+
+def test_one_rank_and_one_split_are_said_in_the_singular(tmp_path):
+    assert "2 splits" in page_of(Log(tmp_path / "two").start(splits=2).path).text
+    text = page_of(Log(tmp_path / "one", ranks=1).start(splits=1).path).text
+    assert "1 split" in text and "1 splits" not in text and "rank1" in text, "a card's title and number"
+    assert [counted(n, "rank") for n in (0, 1, 2, 1293)] == ["0 ranks", "1 rank", "2 ranks", "1,293 ranks"]
 
 
 # -- compare ------------------------------------------------------------------------------------------------------

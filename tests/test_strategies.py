@@ -43,7 +43,8 @@ class Problem:
         self.comm = comm.with_splits(splits)
         torch.manual_seed(1)
         self.model = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Sigmoid(), torch.nn.Linear(101, 13))
-        self.flat = Flat(self.model, self.comm.common if storage == "common" else partial(self.comm.zeros, device=CPU))
+        memory = self.comm.memory
+        self.flat = Flat(self.model, memory.common if storage == "common" else partial(memory.zeros, device=CPU))
         self.comm.barrier()
         self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule](), BATCH, **(options or {}))
         if prepare:
@@ -150,7 +151,7 @@ def test_a_quadratic_is_brought_to_its_minimum():
     for name in STRATEGIES:
         comm = Comm(SPLITS)
         model = torch.nn.Linear(2000, 1, bias=False)
-        flat = Flat(model, partial(comm.zeros, device=CPU))
+        flat = Flat(model, partial(comm.memory.zeros, device=CPU))
         strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1), SPLITS)
         strategy.prepare()
         strategy.begin()

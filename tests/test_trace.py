@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from itertools import pairwise
 
 import pytest
 from material import write_recipe
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Annotation, Text
 from PIL import Image
 from rich.console import Console
 from test_training import ranks_below, wait_for_step
@@ -24,7 +27,8 @@ from hpc.records import read_records
 from hpc.shards import sha256_of
 from hpc.spans import SPANS_AT_MOST, Spans, clock_offset, offset_bounds
 from hpc.summary import read_run, summarize
-from hpc.trace import chrome, show, trace
+from hpc.trace import chrome, percents, show, trace
+from hpc.trace_picture import WORDS, picture
 from hpc.trace_records import EXCHANGE, STEP, Attempt, RankTrace, Span, lanes_of, last_turns, read_traces
 
 WINDOW = 6  # turns traced from the start and from every validation on
@@ -139,6 +143,9 @@ def test_the_numbers_of_the_table_add_up(traced, trireme, tmp_path):
     for row in told["ranks"]:
         assert sum(row["shares"].values()) == pytest.approx(1) and row["turns"] == 2 * WINDOW
         assert row["exchange_hidden"] is None, "ranks of one host exchange between two layers, in backward's time"
+        turns = read_traces(traced)[0].ranks[row["rank"]].turns
+        assert row["turn_s"] == pytest.approx(statistics.fmean(turn.seconds for turn in turns))
+        assert row["working_s"] == pytest.approx(row["turn_s"] * (1 - row["shares"]["exchange"]))
     working = [row["working_s"] for row in told["ranks"]]
     assert told["slowest"] == working.index(max(working)) and told["behind"] >= 0
 
@@ -176,7 +183,8 @@ def test_attempts_after_a_resume_and_a_torn_last_line(trireme, start, tmp_path):
     at = read_run(run).end["step"]
     wait_for_step(run, at + 12, process)
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
+    assert "training frames, 1 rank on " in said and ", 4 splits, " in said
     before, after = read_traces(run)
     assert before == torn and sorted(after.ranks) == [0] and after.began > before.began
     assert after.ranks[0].step == at and after.ranks[0].turns[0].step == at + 1
@@ -317,16 +325,90 @@ def write_attempt(folder, traces):
 def test_the_slowest_rank_is_named_and_the_hidden_share_is_right(tmp_path):
     write_attempt(tmp_path, [made(0, 4, parts=5), made(1, 4, parts=5)])
     found = trace(tmp_path)
-    assert found["slowest"] == 1 and found["behind"] == pytest.approx(0.9 / 0.85 - 1)
+    assert found["slowest"] == 1 and found["behind"] == pytest.approx(0.9 / 0.8 - 1)
     first, second = found["ranks"]
     assert first["shares"] == pytest.approx({"read": 0.1, "forward": 0.3, "backward": 0.4, "exchange": 0.2, "other": 0})
     assert first["turn_s"] == pytest.approx(1.0) and first["working_s"] == pytest.approx(0.8)
     assert first["exchange_hidden"] == pytest.approx(1 - 0.2 / 0.5)
     assert second["exchange_hidden"] == pytest.approx(1 - 0.1 / 0.5)
+    said = shown(found)
+    assert "60 %" in said and "Means over each rank's turns" in said
+    works = "The slowest is rank 1 on node1: 900 ms of a turn's 1.00 s outside 'exchange'"
+    assert f"{works}, 12 % more than rank 0, which waits for it in 'exchange'." in said
+
+
+def shown(found):
     console = Console(file=io.StringIO(), width=100)
     show(found, console)
-    said = console.file.getvalue()
-    assert "The slowest is rank 1 on node1: 900 ms a turn outside the exchange" in said and "60 %" in said
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_row_adds_up_though_one_turn_is_long_and_words_fit_the_number_of_ranks(tmp_path, ranks):
+    """A pause within one turn of nine: the median turn is then shorter than the mean outside 'exchange'."""
+    traces = [made(min(rank, 1), 9) for rank in range(ranks)]
+    for rank, trace_ in enumerate(traces):
+        paused = next(s for s in trace_.spans if s.name == "step 9")
+        longer = [*(s for s in trace_.spans if s is not paused), paused._replace(end=paused.end + 20 * 10**9)]
+        traces[rank] = RankTrace(rank, f"node{rank}", 0, sorted(longer, key=lambda s: (s.begin, -s.end)))
+    write_attempt(tmp_path, traces)
+    found = trace(tmp_path)
+    for row in found["ranks"]:
+        assert row["turn_s"] == pytest.approx((9 + 20) / 9) and sum(row["shares"].values()) == pytest.approx(1)
+        assert row["working_s"] == pytest.approx(row["turn_s"] * (1 - row["shares"]["exchange"]))
+    said = shown(found)
+    line = next(line for line in said.splitlines() if " 9 " in line and "node0" in line)
+    assert sum(int(share) for share in re.findall(r"(\d+) %", line)) == 100, line
+    words = ("One rank: ", "than rank 0: the ranks are even", "than the median of the others: the ranks are even")
+    assert [some in said for some in words] == [ranks == 1, ranks == 2, ranks == 3], said
+
+
+def test_percents_add_up():
+    assert percents([1 / 3] * 3) == [34, 33, 33] and percents([0.005] * 200) == [1] * 100 + [0] * 100
+    assert percents([1.0, 0.0]) == [100, 0] and percents([]) == []
+
+
+def lightness(colour):
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_parts_of_the_exchange_have_colours_of_their_own_that_differ_in_grey_too(traced):
+    (attempt,) = read_traces(traced)
+    figure = picture("run", attempt, 3, None)
+    handles = {text.get_text(): patch for text, patch in zip(
+        figure.legends[0].get_texts(), figure.legends[0].get_patches(), strict=True)}
+    parts = [handles[WORDS[kind]].get_facecolor() for kind in ("reduce", "update", "share")]
+    phases = [patch for said, patch in handles.items() if said not in WORDS.values()]
+    assert not {to_hex(colour) for colour in parts} & {to_hex(patch.get_facecolor()) for patch in phases}
+    shades = [lightness(colour) for colour in parts]
+    assert shades[0] + 0.1 < shades[1] and shades[1] + 0.1 < shades[2], shades
+    plain = [lightness(patch.get_facecolor()) for patch in phases if not patch.get_hatch()]
+    assert min(b - a for a, b in pairwise(sorted(plain))) > 0.01, "phases that look alike in grey have a pattern"
+    title = figure.legends[0].get_title().get_text()
+    assert re.search(r"in \d+ buckets; number 0 holds the model's last layers", title)
+
+
+@pytest.mark.parametrize("turns", [1, 3, 12])
+def test_labels_stay_within_their_bars(traced, turns):
+    (attempt,) = read_traces(traced)
+    figure = picture("run", attempt, turns, 0)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    bars = [
+        path.get_extents(collection.get_transform())
+        for collection in axes.collections for path in collection.get_paths()
+    ]
+    labels = [text for text in axes.texts if isinstance(text, Text) and not isinstance(text, Annotation)]
+    assert labels
+    for label in labels:
+        x, y = axes.transData.transform(label.get_position())
+        own = min((bar for bar in bars if bar.contains(x, y)), key=lambda bar: bar.width)
+        said = label.get_window_extent()
+        assert own.x0 <= said.x0 and said.x1 <= own.x1, label.get_text()
+    above = [text.get_window_extent() for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
+    steps = sorted(above, key=lambda said: said.x0)
+    assert all(one.x1 <= other.x0 for one, other in pairwise(steps)), "steps run into each other"
 
 
 def test_many_ranks_one_rank_and_no_whole_turn_can_be_drawn(tmp_path):

@@ -16,6 +16,7 @@ from test_strategies import Problem, alone
 from collectives import allreduce, transport
 from collectives.aware import cuda_aware
 from collectives.comm import Comm
+from collectives.memory import Memory
 from collectives.transport import CPU_WHY, Facts, Transport, choose_transport
 from kernels import gpu
 
@@ -102,7 +103,7 @@ def test_nccl_where_it_can_be_used_and_else_why_not():
         ([Facts(), facts[1]], "rank 0 computes on the CPU"),
     ):
         chosen = choose_transport(wrong, [[0, 1]], nccl=True)
-        assert not chosen.nccl and f"NCCL was asked for, but {why}" in chosen.why
+        assert not chosen.nccl and f"; NCCL was asked for, but {why}" in chosen.why, "the way that is taken comes first"
         assert chosen.kind == choose_transport(wrong, [[0, 1]]).kind
 
 
@@ -156,7 +157,8 @@ def test_looking_around_on_cpus():
         comm = world.with_islands(islands).on(torch.device("cpu"))
         assert comm.islands == islands and comm.transport.why == CPU_WHY
         asked = comm.on(torch.device("cpu"), nccl=True)
-        assert not asked.transport.nccl and "rank 0 computes on the CPU" in asked.transport.why
+        assert not asked.transport.nccl
+        assert asked.transport.why == f"{CPU_WHY}; NCCL, which was asked for, is for GPUs alone"
 
 
 class Files:
@@ -220,8 +222,8 @@ def test_without_a_gpu_cupy_is_no_error_but_a_reason():
 # -- islands whose ranks keep weights of their own, as GPUs do --------------------------------------------------------
 
 
-class Apart(Comm):
-    """A Comm of ranks that see each other's memory, but share none: what GPUs that map each other's buffers are."""
+class OwnMemory(Memory):
+    """Buffers that neighbours see, none in common: what GPUs that map each other's buffers have."""
 
     def zeros(self, count, device, dtype=torch.float32):
         buffers = self.window(count)
@@ -231,6 +233,15 @@ class Apart(Comm):
 
     def results(self, weights):
         return self.seen[weights.data_ptr()]
+
+
+class Apart(Comm):
+    """A Comm of ranks that see each other's memory, but share none."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        memory = self.memory
+        self.memory = OwnMemory(memory.neighbours, memory.rank, memory._gather, memory._fallback, memory.mapped)
 
     def with_splits(self, n_splits):
         return Apart(n_splits, self._world, self.islands, self.transport)

@@ -90,7 +90,7 @@ def without_library(flags):
 
 def both_sides(comm, count):
     """Flags of the native library, and flags that Python polls."""
-    return comm.flags(count), without_library(comm.flags(count))
+    return comm.memory.flags(count), without_library(comm.memory.flags(count))
 
 
 @pytest.mark.mpi(ranks=[3], timeout=60)
@@ -102,7 +102,7 @@ def test_flags_tell_neighbours_and_carry_what_was_written_before():
 
 
 def tell_and_see(comm, flags):
-    window = comm.window(1000)
+    window = comm.memory.window(1000)
     for turn in range(1, 200):
         window[comm.rank].fill_(turn * (comm.rank + 1))
         flags.post(comm.rank, 1, turn, learned=turn % 3 == comm.rank)
@@ -123,7 +123,7 @@ def test_a_meeting_is_a_whole_all_reduce():
 
 
 def meet(comm, flags):
-    window, out = comm.window(4000), comm.common(4000)
+    window, out = comm.memory.window(4000), comm.memory.common(4000)
     low, high = 1000 * comm.rank * 4 // comm.size, 1000 * (comm.rank + 1) * 4 // comm.size
     sums = TreeSum([part[low:high] for part in window], balanced(comm.size), out[low:high])
     meeting = Meeting(flags, comm.rank, 0, 1, sums)
@@ -172,7 +172,7 @@ def test_windows_are_shared_by_files_or_else_by_mpi(monkeypatch):
 
 
 def write_and_read(comm):
-    window, common = comm.window(5000), comm.common(300)
+    window, common = comm.memory.window(5000), comm.memory.common(300)
     assert [len(part) for part in window] == [5000] * 3 and len(common) == 300
     assert all(part.eq(0).all() for part in window)
     comm.barrier()

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cstdint>
 #include <ctime>
+#include <sched.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -113,10 +114,15 @@ void trireme_post(uint32_t* flag, uint32_t value) {
 #endif
 }
 
+// spins: so many looks before it sleeps; where negative, the core is lent to others between two looks.
 int32_t trireme_wait(uint32_t* flag, uint32_t value, int32_t spins, int64_t patience_ns) {
     for (int32_t i = 0; i < spins; ++i) {
         if (reached(flag, value)) return 1;
         pause_();
+    }
+    for (int32_t i = 0; i > spins; --i) {
+        if (reached(flag, value)) return 1;
+        sched_yield();
     }
     if (reached(flag, value)) return 1;
     const int64_t deadline = now_ns() + patience_ns;

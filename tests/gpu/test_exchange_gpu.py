@@ -58,9 +58,9 @@ def values(split, turn):
 
 def sums(comm, where, wire="float32"):
     """What the exchange makes of three turns' gradients, in host memory."""
-    common = comm.zeros(FLOATS, where)
+    common = comm.memory.zeros(FLOATS, where)
     layout = Layout(FLOATS, comm.islands, 2 * GRAIN)
-    plan = Plan(Leaves(comm, FLOATS, wire, where), comm.results(common), common, layout, totals="result")
+    plan = Plan(Leaves(comm, FLOATS, wire, where), comm.memory.results(common), common, layout, totals="result")
     exchange = Exchange(comm, common, plan, threaded=len(comm.islands) > 1)
     found = []
     for turn in range(3):
@@ -120,7 +120,7 @@ def train(comm, where, **options):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Sigmoid(), torch.nn.Linear(101, 13)).to(where)
     comm = comm.with_splits(SPLITS)
-    flat = Flat(model, partial(comm.zeros, device=where))
+    flat = Flat(model, partial(comm.memory.zeros, device=where))
     strategy = AllReduce(comm, flat, optim.Momentum(learning_rate=0.1), BATCH, bucket_mib=1 / 256, **options)
     strategy.prepare()
     strategy.begin()
