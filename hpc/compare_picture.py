@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from hpc.quantities import amount, is_fraction, spoken
 from hpc.records import number
-from hpc.report_picture import LIGHT, dress, empty, new_figure, png, wide_scale
+from hpc.report_picture import LIGHT, dress, empty, fraction_axis, new_figure, png, wide_scale
 from hpc.summary import RunHistory, error_name
 
 DASHES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
@@ -60,7 +60,7 @@ def _curves(axes: Axes, runs: Mapping[str, RunHistory], event: str, name: str, t
     axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: amount(frames)))
     axes.locator_params(axis="x", nbins=5)
     if is_fraction(name):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g}%"))
+        fraction_axis(axes, everything)
     else:
         wide_scale(axes, everything)
     return None

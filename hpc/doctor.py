@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.quantities import counted
+
 SECONDS = 60  # no healthy start of two ranks takes longer
 RANK_NAMES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 LAUNCH_NAMES = ("PMI_", "PMI2_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE_", "MPI_LOCAL", "MV2_COMM_")
@@ -111,8 +113,6 @@ def check_kernels() -> Finding:
 
 def check_torch() -> Finding:
     import torch
-
-    from hpc.quantities import counted
 
     flags = sorted(set(re.findall(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())))
     threads = counted(torch.get_num_threads(), "thread")
@@ -314,7 +314,7 @@ def check_cores(records: Sequence[Mapping[str, Any]], version: str) -> Finding:
         cores = len(set().union(*ranks.values()))
         least = min(least, fit := min(cores // max(len(ranks), 1 + single), *map(len, ranks.values())))
         who = "2 ranks would have" if single else f"ranks {', '.join(ranks)} have"
-        texts.append(f"{host}: {who} {cores} cores, threads that fit a rank: {max(1, fit)}")
+        texts.append(f"{host}: {who} {counted(cores, 'core')}, threads that fit a rank: {max(1, fit)}")
     remedy = "start fewer ranks a host" + (", or set MPIR_CVAR_ENABLE_HEAVY_YIELD=1" if "MPICH" in version else "")
     return Finding("ranks", "ok" if least else "note", "; ".join(texts), "" if least else remedy)
 

@@ -4,8 +4,9 @@ For tests and benchmarks on one machine; no cluster is made of this. A pretend h
 for the network, the host name, the mounts and System V memory, with its own /dev/shm, so that MPI takes it for another
 machine. A switch (one more such shell, where the launcher runs too, as on a login node) holds the other ends of their
 cables. All kernel objects have their names inside these namespaces, and no file is made outside of them: nothing can
-collide, and nothing stays. A shell obeys its standard input; at its end (this process is gone, in whatever way) the
-shell kills what runs in its namespace, and the last process takes the namespace with it.
+collide, and nothing stays. Each host has an equal part of the cores, if there are enough. A shell obeys its standard
+input; at its end (this process is gone, in whatever way) the shell kills what runs in its namespace, and the last
+process takes the namespace with it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from hpc.bench_crew import mpiexec
 
-TOOLS = ("unshare", "nsenter", "mount", "ip", "tc")
+TOOLS = ("unshare", "nsenter", "taskset", "mount", "ip", "tc")
 UNSHARE = ("unshare", "--net", "--uts", "--mount", "--ipc", "sh")
 MOST = 64  # hosts
 CLOSE_S = 10.0
@@ -34,14 +35,16 @@ OBEY = """trap 'for again in 1 2 3; do for p in /proc/[0-9]*; do
   [ $p/ns/net -ef /proc/$$/ns/net ] && [ $p != /proc/$$ ] && kill -9 ${p#/proc/}; done; done 2>/dev/null' EXIT"""
 BASE = """mount -t tmpfs tmpfs /dev/shm && echo %s >/proc/sys/kernel/hostname && printf '%%b' '%s' >/dev/shm/known &&
 mount --bind /dev/shm/known /etc/hosts && rm /dev/shm/known && ip link set lo up"""
-PLUG = "ip link add %s type veth peer name eth0 netns %d && ip link set %s master eth0 up && echo %d >/dev/shm/%s.pid"
+PLUG = """ip link add %s type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
+echo %d >/dev/shm/%s.pid && echo %s >/dev/shm/%s.cores"""
 UP = "ip address add %s/24 dev eth0 && ip link set eth0 up"
 THROTTLE = "tc qdisc replace dev %s root tbf rate %s burst 256kb latency 50ms"
 # What `ssh` is to a cluster: options, host, words for a shell. From a host that is cut off, no end is heard of.
 AGENT = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
 name=$1; shift
-nsenter -t "$(cat /dev/shm/$name.pid)" -n -u -m -i -- env --chdir="$PWD" sh -c "$*"
+pid=$(cat /dev/shm/$name.pid)
+taskset -c "$(cat /dev/shm/$name.cores)" nsenter -t "$pid" -n -u -m -i -- env --chdir="$PWD" sh -c "$*"
 code=$?
 while [ -e /dev/shm/$name.cut ]; do sleep 0.1; done
 exit $code
@@ -71,11 +74,12 @@ def missing_rights() -> str:
 class Namespace:
     """A shell in namespaces of its own that does what it is told, and ends with this process.
 
-    name  its host name
+    name   its host name
+    cores  the numbers of the cores that its processes run on
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, cores: Sequence[int]):
+        self.name, self.cores = name, ",".join(map(str, cores))
         self.shell = subprocess.Popen(
             UNSHARE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
@@ -106,7 +110,7 @@ class Namespace:
         """A command line that runs `words` here, in the current folder. Raises OSError if the shell is gone."""
         if self.shell.poll() is not None:
             raise OSError(f"pretend host '{self.name}' is gone: its shell ended with code {self.shell.returncode}")
-        enter = ["nsenter", "-t", str(self.shell.pid), "-n", "-u", "-m", "-i", "--"]
+        enter = ["taskset", "-c", self.cores, "nsenter", "-t", str(self.shell.pid), "-n", "-u", "-m", "-i", "--"]
         return [*enter, "env", f"--chdir={os.getcwd()}", *words]
 
     def processes(self) -> list[int]:
@@ -158,8 +162,9 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         try:
-            for name in (*self.names, SWITCH):
-                self._spaces[name] = Namespace(name)
+            for index, name in enumerate(self.names):
+                self._spaces[name] = Namespace(name, self._cores_of(index))
+            self._spaces[SWITCH] = Namespace(SWITCH, sorted(os.sched_getaffinity(0)))
             self._start()
         except BaseException:
             self.__exit__()
@@ -222,11 +227,18 @@ class Hosts:
         for space in (switch, *hosts):
             space.begin("".join(f"{address} {name}\\n" for address, name in known))
         steps = [f"printf %s {shlex.quote(AGENT)} >{AGENT_AT} && chmod +x {AGENT_AT} && ip link add eth0 type bridge"]
-        for name, pid in [(host.name, host.shell.pid) for host in hosts]:
-            steps += [PLUG % (name, pid, name, pid, name), self._throttle(name)]
+        for host in hosts:
+            pid, name = host.shell.pid, host.name
+            steps += [PLUG % (name, pid, name, pid, name, host.cores, name), self._throttle(name)]
         switch.tell(" && ".join([*steps, UP % SWITCH_ADDRESS]))
         for host, address in zip(hosts, self.addresses, strict=True):
             host.tell(f"{UP % address} && {self._throttle('eth0')}")
+
+    def _cores_of(self, index: int) -> list[int]:
+        """The cores of a host, which no other has; all cores, where there are fewer than hosts."""
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // len(self.names)
+        return cores[index * share : (index + 1) * share] or cores
 
     def _throttle(self, port: str) -> str:
         """What limits the rate of all that leaves by a port: both ends of a cable have it."""

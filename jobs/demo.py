@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hpc.quantities import counted
 from hpc.shards import read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ def show(result: dict[str, object]) -> None:
     table.add_row("frames named correctly", f"[bold]{float(str(result['frame_accuracy'])):.1%}[/bold]")
     table.add_row("always naming the majority class", f"{float(str(result['majority'])):.1%}")
     table.add_row("frames trained on", f"{success['frames']:,}")
-    table.add_row("training", f"{success['seconds']:.0f} s on {success['ranks']} ranks")
+    table.add_row("training", f"{success['seconds']:.0f} s on {counted(success['ranks'], 'rank')}")
     for name, file in (
         ("model", "model.safetensors"), ("picture", "report.png"), ("page", "report.html"),
         ("log", "metrics.jsonl"), ("recipe", "recipe.toml"),

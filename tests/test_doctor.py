@@ -239,12 +239,12 @@ def test_a_launcher_that_cannot_be_run_is_an_answer(tmp_path):
     ("hosts", "cores", "status", "text"),
     [
         ("aab", [[0, 1], [2, 3], [0]], "ok", "a: ranks 0, 1 have 4 cores, threads that fit a rank: 2; "
-                                             "b: ranks 2 have 1 cores, threads that fit a rank: 1"),
+                                             "b: ranks 2 have 1 core, threads that fit a rank: 1"),
         ("aa", [[0], [1]], "ok", "a: ranks 0, 1 have 2 cores, threads that fit a rank: 1"),  # bound to one core each
         ("aab", [[0, 1], [0, 1], [0, 1]], "ok", "a: ranks 0, 1 have 2 cores, threads that fit a rank: 1; "
                                                 "b: ranks 2 have 2 cores, threads that fit a rank: 2"),
         ("aaa", [[0, 1]] * 3, "note", "a: ranks 0, 1, 2 have 2 cores, threads that fit a rank: 1"),
-        ("a", [[0]], "note", "a: 2 ranks would have 1 cores, threads that fit a rank: 1"),
+        ("a", [[0]], "note", "a: 2 ranks would have 1 core, threads that fit a rank: 1"),
     ],
 )  # fmt: skip
 def test_ranks_and_cores_by_host(hosts, cores, status, text):

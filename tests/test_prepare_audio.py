@@ -116,8 +116,8 @@ def test_excluded_short_and_repeated_files_are_left_out(comm, sounds):
     source = find_audio(comm, [str(sounds)], exclude=["*/silence/*"])
     assert source.keys() == ["en/a", "en/deep/b", "en/just", "fr/a", "fr/c.v2", "fr/d"]
     assert source.notes == [
-        "1 files are shorter than one frame and were left out: 'en/short.wav'",
-        "2 files have the samples of an earlier file and were left out: 'fr/again.flac = en/a.wav', "
+        "shorter than one frame and left out: 1 file: 'en/short.wav'",
+        "with the samples of an earlier file and left out: 2 files: 'fr/again.flac = en/a.wav', "
         "'fr/again.wav = en/a.wav'",
     ]
     assert len(source.load("en/just")[0]) == 1

@@ -22,6 +22,7 @@ import soxr
 from collectives.comm import Comm
 from hpc.prepare.journal import stamp
 from hpc.prepare.labels import some
+from hpc.quantities import counted
 from hpc.shards import DataError
 
 SUFFIXES = (".wav", ".flac", ".ogg")
@@ -173,10 +174,10 @@ def find_audio(
     notes = []
     if len(long_enough) < len(sounds):
         left = [s.name for s in sounds if s.samples * rate // s.rate < log_mel.window]
-        notes.append(f"{len(left)} files are shorter than one frame and were left out: {some(left)}")
+        notes.append(f"shorter than one frame and left out: {counted(len(left), 'file')}: {some(left)}")
     if repeated:
         pairs = [f"{again} = {first}" for again, first in repeated]
-        notes.append(f"{len(pairs)} files have the samples of an earlier file and were left out: {some(pairs)}")
+        notes.append(f"with the samples of an earlier file and left out: {counted(len(pairs), 'file')}: {some(pairs)}")
     options = {
         "source": "audio", "folders": list(folders), "exclude": list(exclude), "sample_rate": sample_rate, "mels": mels,
         "frame_shift_ms": frame_shift_ms, "names": order,
