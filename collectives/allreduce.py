@@ -187,13 +187,12 @@ class AllReduce(Strategy):
         self.followed = True
 
     def _apply(self, total: torch.Tensor, low: int) -> None:
-        """New weights of the block that begins at `low`, from its gradient sum, which is overwritten."""
-        self._check(total, low)
-        total.mul_(self.scale)
+        """New weights of the block that begins at `low`, from its gradient sum."""
         at = self.places[low]
         mine = slice(at, at + len(total))
         slots = {name: slot[mine] for name, slot in self.slots.items()}
-        self.update(self.flat.weights[low : low + len(total)], total, slots, low)
+        if not self.update(self.flat.weights[low : low + len(total)], total, slots, low, self.scale):
+            self._fail(total, low)
 
     def _clipped(self) -> float:
         """The factor that clips the mean gradient; its norm is summed in fixed groups (collective)."""
@@ -205,15 +204,14 @@ class AllReduce(Strategy):
         norm = math.sqrt(math.fsum(everyone.tolist())) / self.batch  # fsum is exact: no order to agree on
         return min(1.0, self.clip_norm / norm if norm else 1.0)
 
-    def _check(self, total: torch.Tensor, low: int) -> None:
-        """Raise TrainingFailed if the summed gradient is not finite, naming the parameter."""
-        if not torch.isfinite(total.sum()):
-            bad = torch.nonzero(~torch.isfinite(total))
-            where = self.flat.name_at(low + int(bad[0])) if len(bad) else "the sum over parameters"
-            raise TrainingFailed(
-                f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, parameter {where}, "
-                f"{len(bad)} values); lower optim.learning_rate or set strategy.clip_norm"
-            )
+    def _fail(self, total: torch.Tensor, low: int) -> None:
+        """Raise TrainingFailed for a summed gradient that is not finite, naming the parameter."""
+        bad = torch.nonzero(~torch.isfinite(total))
+        raise TrainingFailed(
+            f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, parameter "
+            f"{self.flat.name_at(low + int(bad[0]))}, {len(bad)} values); lower optim.learning_rate or set "
+            "strategy.clip_norm"
+        )
 
     def waiting_for(self) -> str:
         return self.exchange.waiting_for() if self.settled else ""

@@ -43,13 +43,17 @@ class Weights(Protocol):
 
 
 class Rule(Protocol):
-    """A flat update rule (`hpc.optim`): changes `weights` [S] in place from `grad` [S] and its slots, each [S]."""
+    """A flat update rule (`hpc.optim`): changes `weights` [S] in place from `scale` times `grad` [S] and its slots [S].
+
+    Returns whether all of the gradient was finite.
+    """
 
     slots: tuple[str, ...]
 
     def __call__(
-        self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], rate: Rate, updates: int
-    ) -> None: ...
+        self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], rate: Rate, updates: int,
+        scale: float,
+    ) -> bool: ...
 
 
 @dataclass
@@ -138,17 +142,22 @@ class Strategy:
         """Exchange what the turn learned; owners update their slices (collective)."""
         raise NotImplementedError
 
-    def update(self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], low: int) -> None:
+    def update(
+        self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], low: int, scale: float
+    ) -> bool:
         """The update rule on floats [low, low + S) of the flat buffer; frozen parameters stay, whatever decays.
 
         weights  [S], changed in place
-        grad     [S], may be overwritten
+        grad     [S], which counts `scale` times
         slots    name -> [S], changed in place
+
+        Returns whether all of the gradient was finite; if not, nothing that was written is of use.
         """
         kept = [(part, weights[part].clone()) for part in self.flat.frozen(low, low + len(weights))]
-        self.rule(weights, grad, slots, self.rate, self.updates)
+        finite = self.rule(weights, grad, slots, self.rate, self.updates, scale)
         for part, values in kept:
             weights[part] = values
+        return finite
 
     def end(self) -> None:
         """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""

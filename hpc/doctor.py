@@ -130,10 +130,12 @@ def check_gpus() -> Finding:
         remedy = "install torch built for this driver's CUDA (pytorch.org/get-started)"
         return Finding("gpu", "note", f"there is a GPU that torch {torch.__version__} cannot use", remedy)
     text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
-    fitting = f"cupy-cuda{str(torch.version.cuda).split('.')[0]}x"
+    cuda = f"cuda{str(torch.version.cuda).split('.')[0]}"
+    fitting = f"cupy-{cuda}x"
     if {fitting, "cupy"} & {d.metadata["Name"] for d in importlib.metadata.distributions()}:
         return Finding("gpu", "ok", f"{text}, CuPy")
-    return Finding("gpu", "note", f"{text}, no CuPy for it", f"the kernels' GPU sides need it: pip install {fitting}")
+    remedy = f"the kernels' GPU sides need it: make setup EXTRAS={cuda}, or pip install {fitting} if there is no other"
+    return Finding("gpu", "note", f"{text}, no CuPy for it", remedy)
 
 
 def check_hdf5() -> Finding:

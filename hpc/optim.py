@@ -1,4 +1,4 @@
-"""Update rules as functions of flat slices: weights and gradient in, weights changed in place.
+"""Update rules: what recipes call them, and which constants of this update go into `kernels.update`.
 
 There is no `optimizer.step()`: a strategy calls a rule where its paper wants it, on the slice it owns. All operations
 are element-wise, so cutting the parameters into slices changes nothing. Two kinds of decay go with every rule: `l2`
@@ -17,6 +17,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 
 from collectives.strategy import Rate
+from kernels.update import Constants, update_
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -28,33 +29,38 @@ class SGD:
     """w -= rate * g. Paper 002, equation (1)."""
 
     slots: tuple[str, ...] = ()
+    kernel = "sgd"
 
     def __init__(self, *, learning_rate: Positive, l2: NotNegative = 0.0, weight_decay: NotNegative = 0.0):
         self.learning_rate, self.l2, self.weight_decay = learning_rate, l2, weight_decay
 
-    def __call__(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        """One update.
+    def __call__(
+        self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int, scale: float = 1.0
+    ) -> bool:
+        """One update; returns whether all of the gradient was finite.
 
         weights  [S], changed in place
-        grad     [S], may be overwritten
+        grad     [S]
         slots    name -> [S], changed in place
         rate     the learning rate now, and the epoch (0-based)
         updates  updates made before this one
+        scale    the gradient is multiplied by it first
         """
-        if self.l2:
-            grad.add_(weights, alpha=self.l2)
-        if self.weight_decay:
-            weights.mul_(1.0 - rate.learning_rate * self.weight_decay)
-        self.apply(weights, grad, slots, rate, updates)
+        decay = 1.0 - rate.learning_rate * self.weight_decay
+        constants = Constants(scale=scale, l2=self.l2, keep=decay, rate=rate.learning_rate)
+        held = [slots[name] for name in self.slots]
+        return update_(self.kernel, weights, grad, held, constants._replace(**self.constants(rate, updates)))
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        weights.add_(grad, alpha=-rate.learning_rate)
+    def constants(self, rate: Rate, updates: int) -> dict[str, float]:
+        """The rule's own constants for this update."""
+        return {}
 
 
 class Momentum(SGD):
     """m = momentum * m + g; w -= rate * m. With its own momentum in the first epoch."""
 
     slots = ("momentum",)
+    kernel = "momentum"
 
     def __init__(
         self,
@@ -73,25 +79,21 @@ class Momentum(SGD):
     def momentum_in(self, epoch: int) -> float:
         return self.momentum if epoch else self.momentum_first_epoch
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        smoothed = slots["momentum"]
-        torch.add(grad, smoothed, alpha=self.momentum_in(rate.epoch), out=smoothed)
-        weights.add_(smoothed, alpha=-rate.learning_rate)
+    def constants(self, rate: Rate, updates: int) -> dict[str, float]:
+        return {"momentum": self.momentum_in(rate.epoch)}
 
 
 class Nesterov(Momentum):
     """m = momentum * m + g; w -= rate * (g + momentum * m). Sutskever et al. 2013, in the form of the gradient at w."""
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        momentum, smoothed = self.momentum_in(rate.epoch), slots["momentum"]
-        torch.add(grad, smoothed, alpha=momentum, out=smoothed)
-        weights.add_(grad.add_(smoothed, alpha=momentum), alpha=-rate.learning_rate)
+    kernel = "nesterov"
 
 
 class AdaGrad(SGD):
     """a += g^2; w -= rate * g / (sqrt(a) + epsilon). Duchi et al. 2011; paper 002, section 4."""
 
     slots = ("squares",)
+    kernel = "adagrad"
 
     def __init__(
         self,
@@ -104,15 +106,15 @@ class AdaGrad(SGD):
         super().__init__(learning_rate=learning_rate, l2=l2, weight_decay=weight_decay)
         self.epsilon = epsilon
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        squares = slots["squares"].addcmul_(grad, grad)
-        weights.addcdiv_(grad, squares.sqrt().add_(self.epsilon), value=-rate.learning_rate)
+    def constants(self, rate: Rate, updates: int) -> dict[str, float]:
+        return {"epsilon": self.epsilon}
 
 
 class Adam(SGD):
     """Adam with bias correction. Kingma and Ba 2015, algorithm 1."""
 
     slots = ("mean", "squares")
+    kernel = "adam"
 
     def __init__(
         self,
@@ -127,22 +129,22 @@ class Adam(SGD):
         super().__init__(learning_rate=learning_rate, l2=l2, weight_decay=weight_decay)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
+    def constants(self, rate: Rate, updates: int) -> dict[str, float]:
         first, second = 1.0 - self.beta1 ** (updates + 1), 1.0 - self.beta2 ** (updates + 1)
-        mean = slots["mean"].mul_(self.beta1).add_(grad, alpha=1.0 - self.beta1)
-        squares = slots["squares"].mul_(self.beta2).addcmul_(grad, grad, value=1.0 - self.beta2)
-        divisor = squares.sqrt().div_(math.sqrt(second)).add_(self.epsilon)
-        weights.addcdiv_(mean, divisor, value=-rate.learning_rate / first)
+        return self.means() | {"rate": rate.learning_rate / first, "correction2": 1.0 / math.sqrt(second)}
+
+    def means(self) -> dict[str, float]:
+        beta1, beta2 = self.beta1, self.beta2
+        return {
+            "momentum": beta1, "fresh": 1.0 - beta1, "beta2": beta2, "fresh2": 1.0 - beta2, "epsilon": self.epsilon
+        }
 
 
 class Adamax(Adam):
     """Adam with the infinity norm: u = max(beta2 * u, |g|). Kingma and Ba 2015, algorithm 2."""
 
     slots = ("mean", "largest")
+    kernel = "adamax"
 
-    def apply(self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int) -> None:
-        first = 1.0 - self.beta1 ** (updates + 1)
-        mean = slots["mean"].mul_(self.beta1).add_(grad, alpha=1.0 - self.beta1)
-        largest = slots["largest"]
-        torch.maximum(largest.mul_(self.beta2), grad.abs_(), out=largest)
-        weights.addcdiv_(mean, largest + self.epsilon, value=-rate.learning_rate / first)
+    def constants(self, rate: Rate, updates: int) -> dict[str, float]:
+        return self.means() | {"rate": rate.learning_rate / (1.0 - self.beta1 ** (updates + 1))}

@@ -18,6 +18,10 @@ FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "trireme_wait": ([POINTER, UINT32, INT32, INT64], INT32),
     "trireme_wait_all": ([POINTER, INT32, UINT32, INT32, INT64], INT32),
     "trireme_meet_and_sum": ([POINTER], INT32),
+    **{f"trireme_{rule}": ([POINTER] * 4 + [INT64, POINTER], INT32)
+       for rule in ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamax")},
+    **{f"trireme_sru_{name}": ([POINTER], None)
+       for name in ("forward", "backward", "forward_double", "backward_double")},
 }
 
 

@@ -1,0 +1,68 @@
+// The update rules, one float at a time: arithmetic that update.cpp and update.cu share; kernels/update.py says what.
+//
+// Every operation is rounded by itself (no fused multiply-add), square roots and quotients correctly: so the CPU, the
+// GPU and the torch reference give the same bits. SHARED is what a function of this file is declared as; who includes
+// it says so.
+
+#pragma once
+
+struct Constants {
+    float scale;        // of the gradient
+    float l2;           // of the weight that is added to it
+    float keep;         // of the weight, before the rule
+    float rate;
+    float momentum;     // or beta1
+    float fresh;        // 1 - beta1
+    float beta2;
+    float fresh2;       // 1 - beta2
+    float correction2;  // of the square root, Adam's
+    float epsilon;
+};
+
+SHARED bool is_finite(float value) { return value - value == 0.0f; }
+
+SHARED float gradient(const Constants& c, float g, float w) { return g * c.scale + c.l2 * w; }
+
+// Each: g is the gradient with l2, w the weight after decay, one and two the state of this float.
+
+struct Sgd {
+    SHARED float step(const Constants& c, float g, float w, float&, float&) { return w - c.rate * g; }
+};
+
+struct Momentum {
+    SHARED float step(const Constants& c, float g, float w, float& one, float&) {
+        one = c.momentum * one + g;
+        return w - c.rate * one;
+    }
+};
+
+struct Nesterov {
+    SHARED float step(const Constants& c, float g, float w, float& one, float&) {
+        one = c.momentum * one + g;
+        return w - c.rate * (g + c.momentum * one);
+    }
+};
+
+struct AdaGrad {
+    SHARED float step(const Constants& c, float g, float w, float& one, float&) {
+        one = one + g * g;
+        return w - c.rate * (g / (sqrtf(one) + c.epsilon));
+    }
+};
+
+struct Adam {
+    SHARED float step(const Constants& c, float g, float w, float& one, float& two) {
+        one = c.momentum * one + c.fresh * g;
+        two = c.beta2 * two + c.fresh2 * (g * g);
+        return w - c.rate * (one / (sqrtf(two) * c.correction2 + c.epsilon));
+    }
+};
+
+struct Adamax {
+    SHARED float step(const Constants& c, float g, float w, float& one, float& two) {
+        one = c.momentum * one + c.fresh * g;
+        const float kept = c.beta2 * two, size = fabsf(g);
+        two = kept > size ? kept : size;
+        return w - c.rate * (one / (two + c.epsilon));
+    }
+};
