@@ -110,8 +110,8 @@ class Namespace:
         """A command line that runs `words` here, in the current folder. Raises OSError if the shell is gone."""
         if self.shell.poll() is not None:
             raise OSError(f"pretend host '{self.name}' is gone: its shell ended with code {self.shell.returncode}")
-        enter = ["taskset", "-c", self.cores, "nsenter", "-t", str(self.shell.pid), "-n", "-u", "-m", "-i", "--"]
-        return [*enter, "env", f"--chdir={os.getcwd()}", *words]
+        enter = ["nsenter", "-t", str(self.shell.pid), "-n", "-u", "-m", "-i", "--"]
+        return [*enter, "taskset", "-c", self.cores, "env", f"--chdir={os.getcwd()}", *words]
 
     def processes(self) -> list[int]:
         """The processes in this namespace, without its shell."""

@@ -135,6 +135,19 @@ def test_hosts_have_names_addresses_and_memory_of_their_own(hosts):
     assert len(shells(pair)[1] | shells(other)[1] | {os.stat("/proc/self/ns/net").st_ino}) == 5
 
 
+def test_hosts_have_cores_of_their_own_where_there_are_enough(hosts):
+    look = "import os; print(*sorted(os.sched_getaffinity(0)))"
+    here = os.sched_getaffinity(0)
+    for count in (2, 3):
+        group = hosts(count)
+        told = [start(group, index, sys.executable, "-c", look).communicate()[0].split() for index in range(count)]
+        cores = [set(map(int, words)) for words in told]
+        if count <= len(here):
+            assert all(cores) and sum(map(len, cores)) == len(set.union(*cores)) and set.union(*cores) <= here
+        else:
+            assert all(own == here for own in cores)
+
+
 @pytest.mark.parametrize("senders", [[1], [1, 2]], ids=["one stream", "two hosts to one"])
 def test_a_link_carries_its_rate(hosts, senders):
     assert 80 < mbit_per_second(hosts(3, "100mbit"), senders) < 102
