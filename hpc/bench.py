@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpc.bench_options import allreduce_arguments, data_arguments, train_arguments, writable
+from hpc.bench_options import allreduce_arguments, data_arguments, sru_arguments, train_arguments, writable
 from hpc.quantities import counted, doubt
 from hpc.shards import MANIFEST, SCHEMA, ShardWriter, shard_name, write_json
 
@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   trireme bench train --layers 3 --width 512 --batch 512 --repeat 5
   trireme bench train --hosts 2 --link 1gbit --batch 4096   how much of the exchange hides behind backward
   trireme bench allreduce --plot all-reduce.png        sums of gradients beside MPI's, gloo's, and the limit
+  trireme bench sru --d 512 --length 128 --batch 32    a layer of SRU beside LSTM and convolutions
 
 Every line of standard output is a JSON object. See benchmarks/README.md for how to read them.
 """
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "allreduce": Benchmark(
         "sums of gradients beside MPI, gloo and the machine's limit", "hpc.bench_allreduce", allreduce_arguments
     ),
+    "sru": Benchmark("a layer of SRU beside LSTM, convolutions and its own parts", "hpc.bench_sru", sru_arguments),
 }
 
 

@@ -29,6 +29,13 @@ ALLREDUCE_EXAMPLES = """examples:
   trireme bench allreduce --ranks 2 --sizes 1K,64M,256M --out results.jsonl
   trireme bench allreduce --ranks 2,4 --hosts 2 --link 1gbit --bucket 4M
 """
+SRU_EXAMPLES = """examples:
+  trireme bench sru                                    figure 1 of the SRU paper: some hours
+  trireme bench sru --d 512 --length 128 --batch 32 --threads 1
+  trireme bench sru --d 128,1024 --precision bfloat16 --out sru.jsonl
+
+The package `sru` is measured too where it is installed (pip install sru).
+"""
 KIB = 1 << 10
 SIZES = [KIB << shift for shift in range(0, 20, 2)]  # 1 KiB to 256 MiB
 SLOWEST, QUICKEST = 1e5, 1e12  # bits a second that a link can be throttled to
@@ -98,6 +105,33 @@ def allreduce_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes that several hosts exchange at a time (default 1M); within a host all at once",
     )
     parser.add_argument("--plot", metavar="FILE", type=picture, help="draw the result (PNG)")
+
+
+def sru_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = SRU_EXAMPLES
+    for name, default, what in (
+        ("d", [128, 256, 512, 1024], "units of a layer, and width of its input"),
+        ("length", [32, 128, 256], "steps of a sequence"), ("batch", [1, 16, 64], "sequences"),
+        ("threads", [1, 2], "threads"),
+    ):
+        shown = ",".join(map(str, default))
+        parser.add_argument(f"--{name}", type=numbers, default=default, metavar="N,N", help=f"{what} (default {shown})")
+    parser.add_argument(
+        "--precision", type=precisions, default=["float32", "bfloat16"], metavar="P,P",
+        help="float32, or bfloat16 autocast (default float32,bfloat16)",
+    )
+    parser.add_argument("--rounds", type=positive(int), default=9, metavar="R", help="turns of all (default 9)")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=20.0, metavar="S",
+        help="begin no further round of a size and pass after so long, but for the first three (default 20)",
+    )
+
+
+def precisions(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := [word for word in found if word not in ("float32", "bfloat16")]:
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not a precision; choose from float32, bfloat16")
+    return found
 
 
 def positive(kind: Any) -> Callable[[str], Any]:

@@ -194,6 +194,23 @@ def test_a_picture_of_anything_that_was_measured():
     assert (in_bytes(1 << 20), in_bytes(100)) == ("1 MiB", "100 B")
 
 
+def test_a_layer_of_sru():
+    words = ["sru", "--d", "8,16", "--length", "5", "--batch", "2", "--threads", "1", "--rounds", "2"]
+    records, said = launched(*words)
+    layers = [record for record in records if record["what"] == "layer"]
+    kinds = {(r["d"], r["dtype"], r["pass"]) for r in layers}
+    assert len(kinds) == 8 and "4 of 4: d 16, length 5, batch 2, 1 thread, bfloat16" in said
+    for record in layers:
+        check_spread(record)
+    for d, dtype, which in kinds:
+        here = {r["layer"]: r["median_s"] for r in layers if (r["d"], r["dtype"], r["pass"]) == (d, dtype, which)}
+        assert {"sru", "lstm", "conv2", "conv3", "product", "copy"} <= set(here)
+        quotients = [r for r in records if r["what"] == "sru against others"]
+        mine = next(r for r in quotients if (r["d"], r["dtype"], r["pass"]) == (d, dtype, which))
+        assert mine["times_lstm"] == pytest.approx(here["lstm"] / here["sru"], rel=1e-3)
+        assert mine["of_product_and_pass"] > 0
+
+
 def test_data(tmp_path):
     bench.make_data(tmp_path / "set", 30_000, classes=7, shards=3)
     words = ("--split-frames", 6000, "--batch", 500, "--repeat", 3, "--steps", 2)
@@ -292,6 +309,8 @@ def test_ratios_that_say_nothing_are_not_left_uncommented(monkeypatch, capsys):
     (["allreduce", "--bucket", "1"], "not a size such as 4K"),
     (["allreduce", "--plot", "nowhere/x.png"], "there is no folder 'nowhere'"),
     (["allreduce", "--plot", "x.jpg"], "end it in .png"),
+    (["sru", "--precision", "float8"], "'float8' is not a precision"),
+    (["sru", "--d", "0"], "every number must be above 0"),
     (["data", "--out", "."], "'.' is a folder"),
     (["data", "--gb", "0"], "not above 0"),
     (["data", "--data", "nowhere"], "not a data set"),

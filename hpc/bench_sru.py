@@ -1,0 +1,156 @@
+"""`trireme bench sru`: a layer of SRU beside LSTM, convolutions, and the time that its own parts must take.
+
+Paper 001, figure 1: a layer of width d on a batch of sequences, forward, and forward with backward. Beside ours, in
+turns: torch's LSTM, Conv1d with 2 and 3 inputs a step, the package `sru` where it is installed, the grouped matrix
+product of equation (8) by itself, and a copy of as many bytes as the recurrence reads and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from hpc.bench import in_turns, quotient, say, spread
+from models.layers.recurrent import SRU
+
+TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
+LEAST_ROUNDS = 3
+PASSES = ("forward", "forward+backward")
+FLOATS = {"forward": 6, "forward+backward": 6 + 13}  # a unit and step: read and written by the recurrence
+
+
+class Size(NamedTuple):
+    """d units, `length` steps, `batch` sequences."""
+
+    d: int
+    length: int
+    batch: int
+    threads: int
+    dtype: str
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"d {self.d}, length {self.length}, batch {self.batch}, {threads}, {self.dtype}"
+
+
+class Side(NamedTuple):
+    """A layer, as a function of its input, and the parameters that learn."""
+
+    act: Callable[[torch.Tensor], torch.Tensor]
+    given: torch.Tensor
+    parameters: list[torch.nn.Parameter]
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A record of every layer, size and pass, and how many times as fast ours is."""
+    sizes = [
+        Size(*one) for one in product(
+            arguments.d, arguments.length, arguments.batch, arguments.threads, arguments.precision
+        )
+    ]  # fmt: skip
+    for number, size in enumerate(sizes):
+        say(f"{number + 1} of {len(sizes)}: {size}")
+        torch.set_num_threads(size.threads)
+        sides = make_sides(size)
+        for which in PASSES:
+            seconds = _timed(sides, which, size, arguments.rounds, arguments.seconds)
+            common = {**size._asdict(), "pass": which}
+            for name, taken in seconds.items():
+                yield {"what": "layer", "layer": name, **common, **spread(taken)}
+            yield _summary(seconds, common)
+
+
+def make_sides(size: Size) -> dict[str, Side]:
+    """Every layer at a size; ours is "sru"."""
+    torch.manual_seed(1)
+    d = size.d
+    steps_first = torch.randn(size.length, size.batch, d)
+    batch_first = torch.randn(size.batch, d, size.length)
+    ours, lstm = SRU(d, d), torch.nn.LSTM(d, d)
+    state = (torch.zeros(size.batch, d),)
+    sides = {
+        "sru": Side(lambda x: ours(x, None, state)[0], steps_first, list(ours.parameters())),
+        "lstm": Side(lambda x: lstm(x)[0], steps_first, list(lstm.parameters())),
+    }
+    for grams in (2, 3):
+        conv = torch.nn.Conv1d(d, d, grams, padding=grams - 1)
+        sides[f"conv{grams}"] = Side(conv, batch_first, list(conv.parameters()))
+    weight = torch.nn.Parameter(torch.randn(3 * d, d) / d)
+    sides["product"] = Side(lambda x: torch.nn.functional.linear(x, weight), steps_first, [weight])
+    if theirs := _package(d):
+        sides["package sru"] = Side(lambda x: theirs(x)[0], steps_first, list(theirs.parameters()))
+    return sides
+
+
+def _package(d: int) -> Any:
+    """A layer of the package `sru`, where it is installed; else None."""
+    try:
+        return import_module("sru").SRU(d, d, num_layers=1, dropout=0.0)
+    except ImportError:
+        return None
+
+
+def _once(side: Side, which: str, dtype: str) -> Callable[[], object]:
+    """One pass of a layer."""
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            return side.act(given)
+
+    def without_gradients() -> torch.Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def both() -> None:
+        for tensor in (given, *side.parameters):
+            tensor.grad = None
+        out = forward()
+        out.backward(torch.ones_like(out))
+
+    given = side.given.clone().requires_grad_(which != "forward")
+    return without_gradients if which == "forward" else both
+
+
+def _timed(sides: dict[str, Side], which: str, size: Size, rounds: int, budget: float) -> dict[str, list[float]]:
+    """Seconds of a pass by layer, round by round; "copy" among them."""
+    acts = {name: _once(side, which, size.dtype) for name, side in sides.items()}
+    source = torch.zeros(FLOATS[which] * size.length * size.batch * size.d // 2)
+    target = torch.empty_like(source)
+    acts["copy"] = lambda: target.copy_(source)
+    repeats = {}
+    for name, act in acts.items():
+        act()
+        began = time.perf_counter()
+        act()
+        repeats[name] = max(1, min(1000, int(TURN_S / (time.perf_counter() - began + 1e-7))))
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    began = time.monotonic()
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.monotonic() - began > budget:
+            break
+        for name in in_turns(turn, list(acts)):
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                acts[name]()
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
+
+
+def _summary(seconds: dict[str, list[float]], common: dict[str, Any]) -> dict[str, Any]:
+    """How many times as fast as each peer ours is, and how near to its own product and one pass over its arrays."""
+    record: dict[str, Any] = {"what": "sru against others", **common, "pairs": len(seconds["sru"])}
+    for peer in ("lstm", "conv2", "conv3", "package sru"):
+        if peer in seconds:
+            record |= quotient(seconds[peer], seconds["sru"], f"times_{peer.replace(' ', '_')}")
+    parts = [a + b for a, b in zip(seconds["product"], seconds["copy"], strict=True)]
+    record |= quotient(seconds["sru"], parts, "of_product_and_pass")
+    product_s, copy_s = (statistics.median(seconds[name]) for name in ("product", "copy"))
+    rest = [taken - product_s for taken in seconds["sru"]]
+    return record | {"recurrence_s": statistics.median(rest), "recurrence_over_copy": statistics.median(rest) / copy_s}
