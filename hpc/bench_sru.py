@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hpc.bench import in_turns, quotient, say, spread
+from hpc.quantities import counted
 from models.layers.recurrent import SRU
 
 TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
@@ -36,7 +37,7 @@ class Size(NamedTuple):
     dtype: str
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        threads = counted(self.threads, "thread")
         return f"d {self.d}, length {self.length}, batch {self.batch}, {threads}, {self.dtype}"
 
 

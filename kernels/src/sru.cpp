@@ -8,13 +8,8 @@
 #include <cstring>
 
 #define SHARED static inline __attribute__((always_inline))
+#include "processors.h"
 #include "sru.h"
-
-#if defined(__x86_64__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 
 namespace {
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #define SHARED static inline
+#include "processors.h"
 #include "update.h"
 
 namespace {
@@ -35,15 +36,4 @@ inline __attribute__((always_inline)) int32_t pass(
         return pass<Rule, slots>(weights, grad, one, two, count, *c);                                       \
     }
 
-#if defined(__x86_64__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
-
-RULE(sgd, Sgd, 0)
-RULE(momentum, Momentum, 1)
-RULE(nesterov, Nesterov, 1)
-RULE(adagrad, AdaGrad, 1)
-RULE(adam, Adam, 2)
-RULE(adamax, Adamax, 2)
+FOR_EVERY_RULE(RULE)

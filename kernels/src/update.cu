@@ -24,9 +24,4 @@ static __device__ __forceinline__ void pass(float* __restrict__ weights, const f
         pass<Rule, slots>(weights, grad, one, two, count, c, bad);                                               \
     }
 
-RULE(sgd, Sgd, 0)
-RULE(momentum, Momentum, 1)
-RULE(nesterov, Nesterov, 1)
-RULE(adagrad, AdaGrad, 1)
-RULE(adam, Adam, 2)
-RULE(adamax, Adamax, 2)
+FOR_EVERY_RULE(RULE)

@@ -66,3 +66,12 @@ struct Adamax {
         return w - c.rate * (one / (two + c.epsilon));
     }
 };
+
+// RULE(name, struct, number of state arrays)
+#define FOR_EVERY_RULE(RULE)    \
+    RULE(sgd, Sgd, 0)           \
+    RULE(momentum, Momentum, 1) \
+    RULE(nesterov, Nesterov, 1) \
+    RULE(adagrad, AdaGrad, 1)   \
+    RULE(adam, Adam, 2)         \
+    RULE(adamax, Adamax, 2)

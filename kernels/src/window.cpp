@@ -18,16 +18,12 @@
 #include <unistd.h>
 #endif
 
+#include "processors.h"
+
 namespace {
 
 constexpr int64_t kBlock = 4096;  // floats that are summed at a time: operands and results stay in the first cache
 constexpr int kDepth = 40;        // no tree of 2^31 splits is deeper
-
-#if defined(__x86_64__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 
 FOR_EVERY_PROCESSOR void add(const float* left, const float* right, float* out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = left[i] + right[i];
