@@ -33,6 +33,7 @@ COMMANDS = {
     "train": Command("train the model that a recipe describes, or go on where it stopped", "hpc.training", True),
     "prepare": Command("make data sets from your files", "hpc.prepare.command", True),
     "evaluate": Command("measure a finished run's model on a data set", "hpc.scoring", True),
+    "folds": Command("cross-validation: train on every fold, measure each model on its test set", "hpc.folds", True),
     "predict": Command("write a finished run's outputs for a data set (Kaldi ark or HDF5)", "hpc.predict", True),
     "report": Command("draw a run: a picture and one self-contained page", "hpc.report", False),
     "trace": Command("draw when each rank read, computed and exchanged: a timeline", "hpc.trace", False),

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from hpc.batches import SHUFFLE, Batches, generator, read_piece, shuffle_
 from hpc.bench import in_turns, make_data, quotient, recipe_for, say, scratch, spread
 from hpc.bench_crew import Crew
 from hpc.build import registry
+from hpc.orders import SHUFFLE, Shuffled, generator
+from hpc.pieces import read_piece
 from hpc.shards import Dataset, plain_reader
 from models.task import Piece
 
@@ -42,22 +44,20 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             make_data(data, int(arguments.gb * GIGA / (40 * 4 + 4)))
         dataset = Dataset(data)
         task = registry()["task"]["frames"]({name: dataset.field(name) for name in dataset.frame_fields})
-        batches = Batches(
-            dataset, task, range(1), 1, batch=arguments.batch, split_frames=arguments.split_frames, runs=8, seed=1,
-            place=lambda tensor: tensor,
+        order = Shuffled(
+            dataset, task, 1, batch=arguments.batch, split_frames=arguments.split_frames, runs=8, seed=1
         )
-        yield _loading(batches, arguments.repeat)
-        yield _stacking(batches, arguments.repeat)
-        batches.close()
+        yield _loading(order, arguments.repeat)
+        yield _stacking(order, arguments.repeat)
         dataset.close()
         for model in MODELS:
             yield _waiting(data, dataset.rows, model, arguments.steps, folder)
 
 
-def _loading(batches: Batches, repeat: int) -> dict[str, Any]:
+def _loading(order: Shuffled, repeat: int) -> dict[str, Any]:
     """read_piece of the runs a split really gets, beside h5py reading as many rows in one stretch."""
-    dataset, margin = batches.dataset, batches.task.margin
-    pieces = [batches.runs_of(0, 0, block) for block in range(batches.blocks)]
+    dataset, margin = order.dataset, order.task.margin
+    pieces = [order.runs_of(0, 0, block) for block in range(order.blocks)]
     rows = sum(high - low for low, high in pieces[0])
     pieces = [runs for runs in pieces if sum(high - low for low, high in runs) == rows]  # the last may be shorter
     plain = PlainReading(dataset)
@@ -110,30 +110,34 @@ class PlainReading:
         return found
 
 
-def _stacking(batches: Batches, repeat: int) -> dict[str, Any]:
+def _stacking(order: Shuffled, repeat: int) -> dict[str, Any]:
     """Collating a batch of a shuffled piece, beside a copy of the stacked batch; shuffling, by the batch."""
-    piece = read_piece(batches.dataset, batches.runs_of(0, 0, 0), batches.task.margin)
+    piece = read_piece(order.dataset, order.runs_of(0, 0, 0), order.task.margin)
     shuffles = []
     for round_ in range(repeat):
         part = Piece(piece.fields, piece.items, piece.first, piece.last, piece.key_of)
-        shuffles.append(_seconds(partial(shuffle_, part, generator(1, SHUFFLE, round_))))
-    shuffle_(piece, generator(1, SHUFFLE, 0))
-    share = min(batches.share, len(piece))
+        shuffles.append(_seconds(partial(_shuffle_, part, round_)))
+    _shuffle_(piece, 0)
+    share = min(order.share, len(piece))
     count = len(piece) // share
     collates: list[float] = []
     copies: list[float] = []
     for i in range(min(count, BATCH_ROUNDS)):
         low = i * share
-        stacked = batches.task.collate(piece, low, low + share).inputs
-        collate = partial(batches.task.collate, piece, low, low + share)
+        stacked = order.task.collate(piece, low, low + share).inputs
+        collate = partial(order.task.collate, piece, low, low + share)
         for taken, act in in_turns(i, [(collates, collate), (copies, stacked.clone)]):
             taken.append(_seconds(act))
     say(f"stack a batch: {statistics.median(collates) * 1e3:.3f} ms, copy it {statistics.median(copies) * 1e3:.3f} ms")
     return {
-        "what": "shuffle and stack", "rows": len(piece), "batch": share, "window": 2 * batches.task.margin + 1,
+        "what": "shuffle and stack", "rows": len(piece), "batch": share, "window": 2 * order.task.margin + 1,
         "bytes": stacked.nbytes, **spread(collates), "shuffle_s_per_batch": statistics.median(shuffles) / count,
         "limit": "copy of the stacked batch", **spread(copies, "limit_"), **quotient(collates, copies, "times_limit"),
     }
+
+
+def _shuffle_(piece: Piece, round_: int) -> None:
+    piece.take_(torch.from_numpy(generator(1, SHUFFLE, round_).permutation(len(piece))))
 
 
 def _waiting(data: Path, rows: int, model: dict[str, int], steps: int, folder: Path) -> dict[str, Any]:

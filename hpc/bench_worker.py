@@ -84,7 +84,7 @@ def work(spec: dict[str, Any]) -> None:
     watchdog = Watchdog(0, f"rank {comm.rank}", comm.abort)
     made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog, StopFlag())
     assert made is not None, "a benchmark's run folder is new"
-    job, at = made
+    job, at, carries = made
     hello = {
         "rank": comm.rank, "parameters": job.saver.flat.count, "device": str(device.torch),
         "bytes_exchanged": job.saver.flat.size * 4,
@@ -93,7 +93,7 @@ def work(spec: dict[str, Any]) -> None:
     alone = exchange.run_through if exchange is not None and spec.get("alone") else None
     job.meter = PacedMeter(job.meter, Gate(spec["address"], hello), alone)
     try:
-        if train(job, at):
+        if train(job, at, carries):
             raise ValueError(f"the data set is used up after {job.schedule.steps} steps; give the benchmark more data")
     except Dismissed:
         pass

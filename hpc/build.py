@@ -17,10 +17,10 @@ import torch
 from collectives.allreduce import AllReduce
 from collectives.comm import Comm
 from hpc import optim
-from hpc.batches import Batches
+from hpc.batches import Batches, make_order
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
 from hpc.config import Recipe, RecipeError, options, read_toml, resolve
-from hpc.evaluate import batches_of, evaluate
+from hpc.evaluate import batches_of, evaluate, pieces_of
 from hpc.flat import Flat
 from hpc.meter import Journal, Meter, RunJournal, Silence
 from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
@@ -31,9 +31,11 @@ from hpc.spans import Spans
 from hpc.staging import stage
 from hpc.train import Job
 from models.frames import Frames
-from models.task import Task
+from models.lm import LanguageModel
+from models.sentences import Sentences
+from models.task import Carry, Task
 
-TASKS: dict[str, type] = {"frames": Frames}
+TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
 STRATEGIES: dict[str, type] = {"allreduce": AllReduce}
 RULES: dict[str, type] = {
     "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,
@@ -65,9 +67,9 @@ def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
     return registry()["task"][recipe.task.name](fields, **options(recipe.task))
 
 
-def make_model(recipe: Recipe, task: Task, device: Device) -> torch.nn.Module:
-    """The task's model, initialised from the recipe's seed, on the device."""
-    model = task.model(torch.Generator().manual_seed(recipe.seed))
+def make_model(task: Task, device: Device) -> torch.nn.Module:
+    """The task's model on the device, its weights whatever they are."""
+    model = task.model()
     for name, module in model.named_modules():
         if getattr(module, "track_running_stats", False):
             raise ValueError(
@@ -90,21 +92,21 @@ def make_policy(recipe: Recipe) -> Any:
     return chosen(recipe.optim.learning_rate, **options(recipe.schedule))
 
 
-def open_data(recipe: Recipe, comm: Comm, fields: tuple[str, ...]) -> list[Dataset]:
+def open_data(recipe: Recipe, comm: Comm, task: Task) -> list[Dataset]:
     """The training set and, if the recipe has one, the validation set: staged, opened and verified (collective)."""
     opened: list[Dataset] = []
     for folder in map(Path, filter(None, (recipe.data.train, recipe.data.validation))):
         place = stage(folder, recipe.data.stage, comm) if recipe.data.stage else folder
         remedy = f"it is a staged copy: remove the folder '{place}' and start again" if recipe.data.stage else REMEDY
-        comm.each(partial(_open, opened, place, fields, remedy))
+        comm.each(partial(_open, opened, place, task, remedy))
     if recipe.data.verify:
         for dataset in opened:
             comm.each(partial(_verify, dataset, comm))
     return opened
 
 
-def _open(opened: list[Dataset], place: Path, fields: tuple[str, ...], remedy: str) -> None:
-    opened.append(Dataset(place, fields, remedy))
+def _open(opened: list[Dataset], place: Path, task: Task, remedy: str) -> None:
+    opened.append(Dataset(place, task.fields, task.targets, remedy))
 
 
 def _verify(dataset: Dataset, comm: Comm) -> None:
@@ -112,10 +114,14 @@ def _verify(dataset: Dataset, comm: Comm) -> None:
         dataset.verify(shard)
 
 
+Carries = dict[int, Carry]  # by split
+
+
 def make_job(
     recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog, stop: StopFlag
-) -> tuple[Job, int] | None:
-    """Everything that training needs, and the step to go on from; None if the run is finished already (collective).
+) -> tuple[Job, int, Carries] | None:
+    """Everything that training needs, the step to go on from, and what the splits' next batches start from there; None
+    if the run is finished already (collective).
 
     Raises ValueError or OSError, saying what to do, for anything that cannot be trained with.
     """
@@ -129,31 +135,33 @@ def make_job(
         return None
     run.opened = True
     with watchdog.resting():  # copying and hashing a large data set shows no progress
-        train_set, *rest = open_data(recipe, comm, task.fields)
-    model = make_model(recipe, task, device)
+        train_set, *rest = open_data(recipe, comm, task)
+    model = make_model(task, device)
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
+    order = make_order(
+        train_set, task, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
+        seed=recipe.seed,
+    )
     shared = kind.shares_weights and device.torch.type == "cpu"
     flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
-    strategy = kind(comm, flat, rule, data.batch, **options(recipe.strategy))
+    strategy = kind(comm, flat, rule, order.counted, **options(recipe.strategy))
     watchdog.lost = comm.lost
     watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
     said = settled.get("said", "as the strategy does it")
     logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
-    batches = Batches(
-        train_set, task, comm.splits, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
-        seed=recipe.seed, place=device.place,
-    )
-    schedule = Schedule(make_policy(recipe), batches.per_epoch, _steps(recipe.validate_.every, data.batch))
+    batches = Batches(order, recipe.seed, device.place)
+    schedule = Schedule(make_policy(recipe), batches.per_epoch, _steps(recipe.validate_.every, order.counted))
     journal: Journal = Silence()
     if comm.is_root():
         journal = RunJournal(run.path, schedule.steps, recipe.log.tensorboard)
     spans = Spans(run.path, recipe.log.trace)
     meter = Meter(
-        comm, journal, watchdog, recipe.log.every, batches.progress, spans, active=lambda: strategy.active_s
+        comm, journal, watchdog, recipe.log.every, batches.progress, task.noun, spans,
+        active=lambda: strategy.active_s,
     )
     saver = Saver(
         run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
@@ -168,21 +176,23 @@ def make_job(
     strategy.note = spans.note
     job = Job(
         comm, device, task, model, batches, strategy, schedule, saver, meter, stop,
-        validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, data.batch),
+        validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, order.counted),
         rest[0].rows if rest else 0,
     )
     if rest:
         comm.on_root(lambda: _check_metric(job, rest[0]))
-    at = _resume(job, recipe, run, flat)
+    at, carries = _resume(job, recipe, run, flat)
     spans.open(comm, at)
-    return job, at
+    return job, at, carries
 
 
 def _check_metric(job: Job, dataset: Dataset) -> None:
     """Raise RecipeError now, not after an epoch, if the task has no metric of the name that is to be judged."""
-    batch = next(batches_of(job.task, dataset, (0, 1), job.device.place))
+    batch = next(batches_of(job.task, dataset, pieces_of(job.task, dataset)[0], job.device.place))
     with torch.no_grad(), job.device.autocast():
-        known = job.task.metrics(job.model, batch)
+        sums, _ = job.task.metrics(job.model, batch, None)
+    known = {name: total / count for name, (total, count) in sums.items()}
+    known |= job.task.derived(known)
     if job.metric not in known:
         raise RecipeError(f"recipe key 'validate.metric' = '{job.metric}': the task has {', '.join(sorted(known))}")
 
@@ -200,12 +210,12 @@ def _checked_fields(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
-def _steps(frames: int, batch: int) -> int:
-    return max(1, frames // batch) if frames else 0
+def _steps(frames: int, counted: float) -> int:
+    return max(1, int(frames / counted)) if frames else 0
 
 
-def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> int:
-    """Go on from the newest whole checkpoint, or begin; the step to go on from (collective)."""
+def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, Carries]:
+    """Go on from the newest whole checkpoint, or begin; the step to go on from, and with what (collective)."""
     log = logging.getLogger("trireme")
     found, complaints = job.comm.on_root(lambda: _newest(run))
     for complaint in complaints:
@@ -217,12 +227,14 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> int:
         job.saver.best = checkpoint.state["best"]
         log.info("resuming from checkpoint %s", found)
         job.meter.at = checkpoint.state["at"]
-        return checkpoint.state["at"]
+        return checkpoint.state["at"], {split: checkpoint.carry(split, job.device.place) for split in job.comm.splits}
     if recipe.init_from:
         load_model(Path(recipe.init_from, MODEL), flat, flat.weights)
         log.info("starting from the model of %s", recipe.init_from)
+    else:
+        job.comm.each(lambda: job.task.initialise(job.model, torch.Generator().manual_seed(recipe.seed)))
     job.strategy.begin()
-    return 0
+    return 0, dict.fromkeys(job.comm.splits)
 
 
 def _newest(run: RunFolder) -> tuple[str, list[str]]:
@@ -252,7 +264,7 @@ def load_run(path: Path, device_name: str, comm: Comm) -> tuple[Recipe, Task, to
     recipe = resolve(read_toml(path / RECIPE), registry())
     device = Device(device_name, recipe.precision, comm.local_rank, recipe.threads)
     task = make_task(recipe, read_data(path)["fields"])
-    model = make_model(recipe, task, device)
+    model = make_model(task, device)
     flat = Flat(model, lambda count: torch.zeros(count, device=device.torch))
     load_model(model_file, flat, flat.weights)
     return recipe, task, model.eval(), device

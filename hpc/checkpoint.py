@@ -31,8 +31,10 @@ from collectives.comm import Comm
 from collectives.strategy import State
 from hpc.flat import Flat
 from hpc.shards import sha256_of, write_json
+from models.task import Carry
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+CARRY = "carry."  # and a number: a tensor that a split's next batch starts from
 PART_PATIENCE_S = 600.0  # how long rank 0 waits for the other ranks' parts of one checkpoint
 
 
@@ -91,6 +93,12 @@ class Checkpoint:
         with safe_open(self.folder / part["file"], "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+    def carry(self, split: int, place: Callable[[torch.Tensor], torch.Tensor]) -> Carry:
+        """What a split's next batch starts from, moved to where it is trained on."""
+        held = self.split(split)
+        names = [f"{CARRY}{i}" for i in range(sum(name.startswith(CARRY) for name in held))]
+        return tuple(place(held[name]) for name in names) or None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -164,13 +172,16 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[dict[str, Any] | None] | None = None
 
-    def save(self, at: int, state: State, record: Mapping[str, Any], best: bool) -> None:
+    def save(
+        self, at: int, state: State, carries: Mapping[int, Carry], record: Mapping[str, Any], best: bool
+    ) -> None:
         """Snapshot now, write in the background (all ranks, at the same step).
 
-        at      the step
-        state   this rank's part of the strategy's state
-        record  JSON values for state.json, the same on every rank
-        best    whether this is the best model so far
+        at       the step
+        state    this rank's part of the strategy's state
+        carries  split -> what its next batch starts from, for the splits this rank holds
+        record   JSON values for state.json, the same on every rank
+        best     whether this is the best model so far
 
         Raises OSError if the previous write failed (a full disk, say); the checkpoints before it are untouched.
         """
@@ -181,6 +192,9 @@ class Saver:
         tensors = {f"slice.{k}": v.detach().to("cpu", copy=True) for k, v in state.slices.items()}
         for split, held in state.splits.items():
             tensors |= {f"split.{split}.{k}": v.detach().to("cpu", copy=True) for k, v in held.items()}
+        for split, carry in carries.items():
+            named = {f"split.{split}.{CARRY}{i}": v for i, v in enumerate(carry or ())}
+            tensors |= {name: v.to("cpu", copy=True).contiguous() for name, v in named.items()}
         part = {
             "file": f"rank-{self.comm.rank:05d}.safetensors", "pieces": state.pieces, "splits": list(self.comm.splits),
         }

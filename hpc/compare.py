@@ -134,9 +134,10 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
             told = [metric(name, (row[which] or {}).get(name)) for row in runs]
             results.add_row(f"{which} {spoken(name)}", *told)
     results.add_row("epochs", *(f"{row['epochs']:.4g}" for row in runs))
-    results.add_row("frames", *(amount(row["frames"]) for row in runs))
+    noun = runs[0]["noun"]
+    results.add_row(noun, *(amount(row["frames"]) for row in runs))
     results.add_row("wall clock", *(duration(row["seconds"]) for row in runs))
-    results.add_row("frames/s in training", *(amount(row["frames_per_s"]) for row in runs))
+    results.add_row(f"{noun}/s in training", *(amount(row["frames_per_s"]) for row in runs))
     results.add_row("speed against the first", *(_ratio(row, runs[0]) for row in runs))
     if any(row["exchange_hidden"] is not None for row in runs):
         results.add_row("exchange hidden", *(percent(row["exchange_hidden"]) for row in runs))

@@ -1,7 +1,8 @@
 """Additive metrics: every rank adds up its pieces, all sums are joined in piece order and divided once.
 
 The pieces are a function of the data set alone, and the join is exact (`math.fsum`), so a metric is the same number for
-every number of ranks.
+every number of ranks. Sequences are evaluated whole. Running text is cut into stretches, evaluated side by side, each
+from nothing: only a stretch's first words miss what came before them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 from collectives.comm import Comm, everywhere
-from hpc.batches import read_piece
+from hpc.pieces import read_for, whole_utterances
 from hpc.shards import DataError, Dataset
-from models.task import Sums, Task
+from models.task import Carry, Piece, Sums, Task
 
 PIECE_ROWS = 4096
 BATCH_ROWS = 2048
+STRETCH, STRETCHES = 2048, 16  # rows of running text; stretches of a piece
 
 
 def evaluate(
@@ -32,18 +34,20 @@ def evaluate(
     autocast  the precision to compute in
     beat      called now and then, to show that the rank is alive
 
-    Returns metric -> sum / count. Raises DataError for a data set without items.
+    Returns metric -> sum / count, and what the task derives from them. Raises DataError for a data set without items.
     """
     training = model.training
     model.eval()
     mine = []
     with torch.no_grad():
-        for index in comm.mine(math.ceil(dataset.rows / PIECE_ROWS)):
+        pieces = pieces_of(task, dataset)
+        for index in comm.mine(len(pieces)):
             sums: list[Sums] = []
-            rows = index * PIECE_ROWS, min((index + 1) * PIECE_ROWS, dataset.rows)
-            for batch in batches_of(task, dataset, rows, place):
+            carry: Carry = None
+            for batch in batches_of(task, dataset, pieces[index], place):
                 with autocast():
-                    sums.append(task.metrics(model, batch))
+                    found, carry = task.metrics(model, batch, carry)
+                sums.append(found)
             mine.append([index, _add(sums)])
             beat()
     model.train(training)
@@ -52,19 +56,59 @@ def evaluate(
     empty = [name for name, (_, count) in total.items() if not count]
     if empty or not total:
         raise everywhere(DataError(f"data set '{dataset.folder}' has nothing to evaluate ({empty or 'no items'})"))
-    return {name: value / count for name, (value, count) in total.items()}
+    metrics = {name: value / count for name, (value, count) in total.items()}
+    return metrics | task.derived(metrics)
+
+
+Runs = list[tuple[int, int]]  # row ranges [low, high)
+
+
+def pieces_of(task: Task, dataset: Dataset) -> list[Runs]:
+    """The row ranges of every piece of a data set, in order."""
+    if task.unit == "stream":
+        return _stretches(dataset.rows - 1)  # every row but the first is predicted
+    edges = range(0, dataset.rows, PIECE_ROWS)
+    windows = [(low, min(low + PIECE_ROWS, dataset.rows)) for low in edges]
+    return [[window] for window in windows] if task.unit == "row" else whole_pieces(dataset)
+
+
+def whole_pieces(dataset: Dataset) -> list[Runs]:
+    """A data set cut between utterances, every PIECE_ROWS rows or so; always one range a piece."""
+    found = []
+    for low in range(0, dataset.rows, PIECE_ROWS):
+        first, last = whole_utterances(dataset, low, low + PIECE_ROWS)
+        if first < last:
+            found.append([(int(dataset.starts[first]), int(dataset.starts[last]))])
+    return found
+
+
+def _stretches(rows: int) -> list[Runs]:
+    """Pieces of stretches of one length each; what is left of the last is a piece of one shorter stretch."""
+    whole = [(low, low + STRETCH) for low in range(0, rows - STRETCH + 1, STRETCH)]
+    pieces = [whole[at : at + STRETCHES] for at in range(0, len(whole), STRETCHES)]
+    rest = len(whole) * STRETCH
+    return [*pieces, *([[(rest, rows)]] if rest < rows else [])]
 
 
 def batches_of(
-    task: Task, dataset: Dataset, rows: tuple[int, int], place: Callable[[torch.Tensor], torch.Tensor]
+    task: Task, dataset: Dataset, runs: Runs, place: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[Any]:
-    """The batches of a stretch of rows [low, high), in order."""
-    piece = read_piece(dataset, [rows], task.margin)
+    """The batches of a piece, in order."""
+    piece = read_for(task, dataset, runs)
     task.check(piece)
-    piece.fields = {name: place(values) for name, values in piece.fields.items()}
-    piece.items, piece.first, piece.last = place(piece.items), place(piece.first), place(piece.last)
-    for at in range(0, len(piece), BATCH_ROWS):
-        yield task.collate(piece, at, min(at + BATCH_ROWS, len(piece)))
+    share = _items_of_a_batch(task, piece)
+    piece.move_(place)
+    for at in range(0, len(piece), share):
+        yield task.collate(piece, at, min(at + share, len(piece)))
+
+
+def _items_of_a_batch(task: Task, piece: Piece) -> int:
+    if task.unit == "stream":
+        return task.steps * piece.lanes
+    if task.unit == "row":
+        return BATCH_ROWS
+    longest = int((piece.last - piece.first).max()) + 1
+    return max(1, BATCH_ROWS // longest)
 
 
 def _add(sums: list[Sums]) -> Sums:

@@ -108,17 +108,18 @@ class Meter:
     journal    where rank 0 writes
     every      steps between records
     progress   step -> (epochs, frames) from the start of training to there, over all splits
+    noun       what frames are here: "words", say
     spans      records what was done when; None: nobody
     active     seconds so far in which an exchange was under way on this rank (`Strategy.active_s`)
     """
 
     def __init__(
         self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int,
-        progress: Callable[[int], tuple[float, int]], spans: Spans | None = None,
+        progress: Callable[[int], tuple[float, int]], noun: str = "frames", spans: Spans | None = None,
         active: Callable[[], float] = lambda: 0.0,
     ):
         self.comm, self.journal, self.watchdog = comm, journal, watchdog
-        self.every, self.progress = every, progress
+        self.every, self.progress, self.noun = every, progress, noun
         self.spans, self.active = spans or Spans(), active
         self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
@@ -186,6 +187,7 @@ class Meter:
             frames_per_s=count / training, seconds=seconds, by_rank=by_rank,
         )
         hidden = hidden_share(*(sum(part[key] for part in by_rank) for key in ("exchange", "exchange_active")))
-        speed = f"{count / training:,.0f} frames/s{'' if hidden is None else f'  exchange hidden {percent(hidden)}'}"
+        speed = f"{count / training:,.0f} {self.noun}/s"
+        speed += "" if hidden is None else f"  exchange hidden {percent(hidden)}"
         self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4g}  {speed}  learning rate {learning_rate:.4g}")
         self._clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ import torch
 
 from collectives.comm import Comm
 from hpc.build import load_run
-from hpc.evaluate import PIECE_ROWS, batches_of
+from hpc.evaluate import batches_of, whole_pieces
+from hpc.pieces import whole_utterances
 from hpc.quantities import counted
 from hpc.run import compare_fields, read_data
 from hpc.shards import Dataset, ShardWriter, read_manifest
+from models.task import Task
 
 EXAMPLES = """examples:
   trireme predict runs/an4 data/an4/test --to ark --priors      # scaled log-likelihoods for a Kaldi decoder
@@ -46,8 +47,8 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Write a finished run's outputs for every utterance of a data set (collective)."""
     _, task, model, device = load_run(arguments.run, arguments.device, comm)
     shift = log_priors(read_data(arguments.run)["fields"]["labels"]) if arguments.priors else None
-    comm.on_root(lambda: _check(arguments))
-    dataset = Dataset(arguments.data, task.fields)
+    comm.on_root(lambda: _check(arguments, task))
+    dataset = Dataset(arguments.data, task.fields, task.targets)
     out = arguments.out or arguments.run / f"predictions-{arguments.data.name}"
     comm.on_root(lambda: _clear(out, arguments.to))
     write = _write_ark if arguments.to == "ark" else _write_h5
@@ -61,7 +62,9 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, task: Task) -> None:
+    if task.unit == "stream":
+        raise ValueError("this run's task predicts the words of running text; there are no outputs to write for it")
     compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 
 
@@ -80,25 +83,23 @@ def log_priors(labels: dict[str, Any]) -> np.ndarray:
 
 
 def predictions(
-    task: Any, model: torch.nn.Module, dataset: Dataset, comm: Comm, device: Any, shift: np.ndarray | None
+    task: Task, model: torch.nn.Module, dataset: Dataset, comm: Comm, device: Any, shift: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Key and outputs [T, C] of this rank's utterances: those that begin in its evaluation pieces are dealt to it."""
+    """Key and outputs of this rank's utterances: [T, C], or [1, C] where they are sequences with one output each."""
     keys = dataset.keys()
+    by_row = task.unit == "row" or task.per_row
     with torch.no_grad():
-        for index in comm.mine(math.ceil(dataset.rows / PIECE_ROWS)):
-            begin, end = index * PIECE_ROWS, min((index + 1) * PIECE_ROWS, dataset.rows)
-            first, last = np.searchsorted(dataset.starts[:-1], [begin, end])
-            if first == last:
-                continue
-            rows = int(dataset.starts[first]), int(dataset.starts[last])
+        pieces = whole_pieces(dataset)
+        for index in comm.mine(len(pieces)):
+            first, last = whole_utterances(dataset, *pieces[index][0])
             outputs = []
-            for batch in batches_of(task, dataset, rows, device.place):
+            for batch in batches_of(task, dataset, pieces[index], device.place):
                 with device.autocast():
                     outputs.append(task.predict(model, batch).float().cpu().numpy())
             whole = np.concatenate(outputs)
             if shift is not None:
                 whole -= shift
-            edges = dataset.starts[first : last + 1] - rows[0]
+            edges = dataset.starts[first : last + 1] - dataset.starts[first] if by_row else range(last - first + 1)
             for key, low, high in zip(keys[first:last], edges[:-1], edges[1:], strict=True):
                 yield key, whole[low:high]
 

@@ -85,8 +85,8 @@ def doubt(ratios: Sequence[float]) -> str:
 
 
 def is_fraction(name: str) -> bool:
-    """Whether a metric is shown as a percentage: *_error and accuracy are fractions of 1."""
-    return name.endswith(("_error", "accuracy"))
+    """Whether a metric is shown as a percentage: errors and accuracies are fractions of 1."""
+    return name.endswith(("error", "accuracy"))
 
 
 def spoken(name: str) -> str:

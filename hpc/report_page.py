@@ -179,10 +179,10 @@ def _numbers(run: RunHistory) -> str:
     some_hosts = ", ".join(hosts[:3]) + (" …" if len(hosts) > 3 else "")
     cards += [
         ("epochs", f"{summary['epochs']:.4g}", counted(summary["steps"], "step")),
-        ("frames seen", amount(summary["frames"]), f"{amount(start.get('train_frames'))} an epoch"),
+        (f"{run.noun} seen", amount(summary["frames"]), f"{amount(start.get('train_frames'))} an epoch"),
         ("wall clock", duration(summary["seconds"]), f"resumed {resumes} time{'s' * (resumes != 1)}" if resumes else
          "in one go"),
-        ("frames/s in training", amount(summary["frames_per_s"]), "all ranks together"),
+        (f"{run.noun}/s in training", amount(summary["frames_per_s"]), "all ranks together"),
         ("rank" if summary["ranks"] == 1 else "ranks", amount(summary["ranks"]),
          counted(start["splits"], "split") if start.get("splits") else "– splits"),
         ("host" if len(hosts) == 1 else "hosts", str(len(hosts)), some_hosts),
@@ -217,7 +217,7 @@ def _validations(run: RunHistory) -> str:
             f"{number(v.get('learning_rate')):.4g}", str(v.get("verdict", "")) + (" ★ best" if v is run.best else ""),
         ])
         before = v["step"]
-    head = ["step", "epoch", "frames", "training loss", *(spoken(name) for name in names), "learning rate", "verdict"]
+    head = ["step", "epoch", run.noun, "training loss", *(spoken(name) for name in names), "learning rate", "verdict"]
     best = next((i for i, v in enumerate(validations) if v is run.best), -1)
     return _table(head, rows, texts=(len(head) - 1,), best=best)
 
@@ -261,7 +261,7 @@ def _checkpoints(run: RunHistory) -> str:
 def _ran_on(run: RunHistory) -> str:
     start = run.start
     pairs: list[tuple[str, Any]] = [
-        (spoken(key), f"{start[key]:,}" if isinstance(start[key], int) else start[key])
+        (spoken(key).replace("frames", run.noun), f"{start[key]:,}" if isinstance(start[key], int) else start[key])
         for key in ("parameters", "train_frames", "validation_frames", "batch", "steps_per_epoch", "threads", "device",
                     "precision")
         if start.get(key) is not None

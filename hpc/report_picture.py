@@ -233,7 +233,7 @@ def _learning_rate(axes: Axes, run: RunHistory, theme: Theme) -> None:
 
 
 def _throughput(axes: Axes, run: RunHistory, theme: Theme) -> None:
-    dress(axes, theme, "Throughput by rank", "epoch", "frames/s")
+    dress(axes, theme, "Throughput by rank", "epoch", f"{run.noun}/s")
     trains = [t for t in run.of("train") if t.get("by_rank")]
     ranks = sorted({part["rank"] for t in trains for part in t["by_rank"]})
     if not ranks:

@@ -122,6 +122,21 @@ class Steps(Constant):
         return reached[-1] if reached else self.learning_rate
 
 
+class Decay(Constant):
+    """The learning rate times `factor` once an epoch, from epoch `after` on. Paper 001, section 3.3: 0.98 after 175."""
+
+    def __init__(
+        self, learning_rate: float, *, factor: Ratio = 0.98, after: Annotated[int, Ge(0)] = 0, epochs: Epochs = 10,
+        patience: Annotated[int, Ge(0)] = 0,
+    ):
+        """after: epochs at the full rate."""
+        super().__init__(learning_rate, epochs=epochs, patience=patience)
+        self.factor, self.after = factor, after
+
+    def rate(self, progress: float, validations: int) -> float:
+        return self.learning_rate * self.factor ** max(0, int(progress) + 1 - self.after)
+
+
 class Replay(Constant):
     """The learning rates of another run, validation by validation (`of`: its folder; `build.py` reads them)."""
 
@@ -139,7 +154,7 @@ class Replay(Constant):
 
 
 POLICIES: dict[str, type] = {
-    "constant": Constant, "halving": Halving, "newbob": Newbob, "steps": Steps, "replay": Replay,
+    "constant": Constant, "halving": Halving, "newbob": Newbob, "steps": Steps, "decay": Decay, "replay": Replay,
 }
 
 

@@ -12,9 +12,10 @@ from rich.table import Table
 from collectives.comm import Comm
 from hpc.build import load_run
 from hpc.evaluate import evaluate
-from hpc.quantities import counted
+from hpc.quantities import counted, is_fraction
 from hpc.run import compare_fields, read_data
 from hpc.shards import Dataset, read_manifest
+from models.task import Task
 
 EXAMPLES = """examples:
   trireme evaluate runs/demo data/demo/validation
@@ -33,9 +34,9 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Print a finished run's metrics on a data set (collective)."""
     _, task, model, device = load_run(arguments.run, arguments.device, comm)
     comm.on_root(lambda: _check(arguments))
-    dataset = Dataset(arguments.data, task.fields)
+    dataset = Dataset(arguments.data, task.fields, task.targets)
     metrics = evaluate(task, model, dataset, comm, device.place, device.autocast)
-    comm.on_root(lambda: _print_metrics(arguments, dataset, metrics))
+    comm.on_root(lambda: _print_metrics(arguments, task, dataset, metrics))
     return 0
 
 
@@ -43,11 +44,14 @@ def _check(arguments: argparse.Namespace) -> None:
     compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 
 
-def _print_metrics(arguments: argparse.Namespace, dataset: Dataset, metrics: dict[str, float]) -> None:
+def _print_metrics(
+    arguments: argparse.Namespace, task: Task, dataset: Dataset, metrics: dict[str, float]
+) -> None:
     if arguments.json:
         print(json.dumps({"run": str(arguments.run), "data": str(arguments.data), "frames": dataset.rows, **metrics}))
         return
-    size = f"{counted(dataset.utterances, 'utterance')}, {counted(dataset.rows, 'frame')}"
+    rows = f", {dataset.rows:,} {task.noun}" if task.per_row or task.unit == "stream" else ""
+    size = counted(dataset.utterances, "utterance") + rows
     table = Table(title=f"{arguments.run} on {arguments.data}: {size}")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -55,5 +59,6 @@ def _print_metrics(arguments: argparse.Namespace, dataset: Dataset, metrics: dic
         table.add_row(name, f"{value:.4f}")
     counts = dataset.field("labels").get("counts") if "labels" in dataset.manifest["fields"] else None
     if counts:
-        table.add_row("frame_error of the majority class", f"{1 - max(counts) / sum(counts):.4f}")
+        error = next((name for name in metrics if is_fraction(name)), "error")
+        table.add_row(f"{error} of the majority class", f"{1 - max(counts) / sum(counts):.4f}")
     Console().print(table)

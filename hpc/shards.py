@@ -155,27 +155,38 @@ class Dataset:
 
     folder  the data set's folder (what `trireme prepare` wrote)
     frame_fields  the fields that must have one row a frame, in step with each other
+    targets       the fields that have rows of their own for every utterance (a sentence's label, a transcript)
     remedy        what to do about a damaged file, for the error
     """
 
     def __init__(
-        self, folder: str | Path, frame_fields: Sequence[str] = ("features", "labels"), remedy: str = REMEDY
+        self, folder: str | Path, frame_fields: Sequence[str] = ("features", "labels"), targets: Sequence[str] = (),
+        remedy: str = REMEDY,
     ):
         self.folder, self.remedy = Path(folder), remedy
         self.manifest = read_manifest(self.folder)
-        self.frame_fields = tuple(frame_fields)
-        missing = [f for f in frame_fields if f not in self.manifest["fields"]]
+        self.frame_fields, self.targets = tuple(frame_fields), tuple(targets)
+        missing = [f for f in (*frame_fields, *targets) if f not in self.manifest["fields"]]
         if missing:
             raise DataError(
                 f"data set '{self.folder}' has no field {missing}; it has {sorted(self.manifest['fields'])}"
             )
         self._open: dict[Path, h5py.File] = {}
-        shards = self.manifest["shards"]
-        starts = [self._shard_starts(i) for i in range(len(shards))]
-        self.shard_rows = np.concatenate([[0], np.cumsum([s[-1] for s in starts])]).astype(np.int64)  # [shards + 1]
+        shards = range(len(self.manifest["shards"]))
+        starts = [self._shard_starts(i) for i in shards]
         self.shard_utterances = np.concatenate([[0], np.cumsum([len(s) - 1 for s in starts])]).astype(np.int64)
-        body = [s[1:] + base for s, base in zip(starts, self.shard_rows[:-1], strict=True)]
-        self.starts = np.concatenate([[0], *body]).astype(np.int64)  # [U + 1], global rows
+        self.shard_rows, self.starts = _joined(starts)  # [shards + 1] and [U + 1], global rows
+        self.target_starts = {}  # target -> int64 [U + 1], its own global rows
+        self._rows_of = dict.fromkeys(self.frame_fields, self.shard_rows)
+        for name in self.targets:
+            own = [self._field_starts(i, name) for i in shards]
+            self._rows_of[name], self.target_starts[name] = _joined(own)
+            for shard, (mine, theirs) in enumerate(zip(own, starts, strict=True)):
+                if len(mine) != len(theirs):
+                    raise DataError(
+                        f"shard '{self.folder / self._entry(shard, name)['name']}': field '{name}' has "
+                        f"{len(mine) - 1} utterances, '{self.frame_fields[0]}' has {len(theirs) - 1}; {self.remedy}"
+                    )
 
     @property
     def rows(self) -> int:
@@ -207,12 +218,13 @@ class Dataset:
     def read(self, field: str, low: int, high: int, out: np.ndarray) -> None:
         """Read global rows [low, high) of a field into `out` [high - low, ...], in place, shard by shard.
 
-        Raises DataError, naming the file, if a checksum fails or the file is cut short.
+        Rows of a target are counted by its own starts. Raises DataError, naming the file, if a checksum fails or the
+        file is cut short.
         """
-        at = low
+        at, rows = low, self._rows_of[field]
         while at < high:
-            shard = int(np.searchsorted(self.shard_rows, at, side="right")) - 1
-            base, end = int(self.shard_rows[shard]), min(high, int(self.shard_rows[shard + 1]))
+            shard = int(np.searchsorted(rows, at, side="right")) - 1
+            base, end = int(rows[shard]), min(high, int(rows[shard + 1]))
             path = self.folder / self._entry(shard, field)["name"]
             try:
                 values = self._h5(path)[field]["values"]
@@ -229,7 +241,7 @@ class Dataset:
 
         Raises DataError naming the file and the difference.
         """
-        wanted = tuple(fields or self.frame_fields)
+        wanted = tuple(fields or (*self.frame_fields, *self.targets))
         entries = [self._entry(shard, f) for f in wanted]
         for entry in {e["name"]: e for e in entries}.values():
             found = sha256_of(self.folder / entry["name"])
@@ -272,40 +284,50 @@ class Dataset:
             raise DataError(f"shard '{path}': keys cannot be read ({error}); {self.remedy}") from error
 
     def _shard_starts(self, shard: int) -> np.ndarray:
-        """A shard's row starts [u + 1], the same for all frame fields, checked against the manifest and each other."""
-        first: np.ndarray | None = None
-        for field in self.frame_fields:
-            entry = self._entry(shard, field)
-            path = self.folder / entry["name"]
-            if not path.is_file():
-                raise DataError(f"shard '{path}' is missing, {MANIFEST} lists it; {self.remedy}")
-            if path.stat().st_size != entry["bytes"]:
+        """A shard's row starts [u + 1], the same for all frame fields."""
+        first, *others = self.frame_fields
+        starts = self._field_starts(shard, first)
+        for field in others:
+            own = self._field_starts(shard, field)
+            if len(own) != len(starts) or (own != starts).any():
                 raise DataError(
-                    f"shard '{path}' has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']} "
-                    f"(cut short or replaced); {self.remedy}"
+                    f"shard '{self.folder / self._entry(shard, field)['name']}': field '{field}' has {own[-1]} rows "
+                    f"in {len(own) - 1} utterances, field '{first}' has {starts[-1]} in {len(starts) - 1}, or they end "
+                    f"elsewhere; {self.remedy}"
                 )
-            try:
-                group = self._h5(path)[field]
-                starts, rows = group["starts"][:], group["values"].shape[0]
-            except (OSError, KeyError, ValueError) as error:
-                raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {self.remedy}") from error
-            if rows != entry["rows"][field] or starts[-1] != rows or len(starts) != entry["utterances"] + 1:
-                raise DataError(
-                    f"shard '{path}': field '{field}' has {rows} rows and {len(starts) - 1} utterances, "
-                    f"{MANIFEST} says {entry['rows'][field]} rows and {entry['utterances']} utterances; {self.remedy}"
-                )
-            if starts[0] != 0 or (np.diff(starts) <= 0).any():
-                raise DataError(f"shard '{path}': field '{field}' holds an empty utterance; {self.remedy}")
-            if first is None:
-                first = starts
-            elif len(starts) != len(first) or (starts != first).any():
-                raise DataError(
-                    f"shard '{path}': field '{field}' has {rows} rows in {len(starts) - 1} utterances, field "
-                    f"'{self.frame_fields[0]}' has {first[-1]} in {len(first) - 1}, or they end elsewhere; "
-                    f"{self.remedy}"
-                )
-        assert first is not None
-        return first
+        return starts
+
+    def _field_starts(self, shard: int, field: str) -> np.ndarray:
+        """A shard's row starts [u + 1] of a field, checked against the manifest."""
+        entry = self._entry(shard, field)
+        path = self.folder / entry["name"]
+        if not path.is_file():
+            raise DataError(f"shard '{path}' is missing, {MANIFEST} lists it; {self.remedy}")
+        if path.stat().st_size != entry["bytes"]:
+            raise DataError(
+                f"shard '{path}' has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']} "
+                f"(cut short or replaced); {self.remedy}"
+            )
+        try:
+            group = self._h5(path)[field]
+            starts, rows = group["starts"][:], group["values"].shape[0]
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {self.remedy}") from error
+        if rows != entry["rows"][field] or starts[-1] != rows or len(starts) != entry["utterances"] + 1:
+            raise DataError(
+                f"shard '{path}': field '{field}' has {rows} rows and {len(starts) - 1} utterances, "
+                f"{MANIFEST} says {entry['rows'][field]} rows and {entry['utterances']} utterances; {self.remedy}"
+            )
+        if starts[0] != 0 or (np.diff(starts) <= 0).any():
+            raise DataError(f"shard '{path}': field '{field}' holds an empty utterance; {self.remedy}")
+        return starts
+
+
+def _joined(starts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Shards' row starts [u + 1] as the shards' first rows [shards + 1] and one list of starts [U + 1]."""
+    rows = np.concatenate([[0], np.cumsum([s[-1] for s in starts])]).astype(np.int64)
+    body = [s[1:] + base for s, base in zip(starts, rows[:-1], strict=True)]
+    return rows, np.concatenate([[0], *body]).astype(np.int64)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

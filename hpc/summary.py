@@ -43,6 +43,11 @@ class RunHistory:
         return (self.of("start") or [{}])[-1]
 
     @property
+    def noun(self) -> str:
+        """What the loss counts: "frames", "words"."""
+        return self.start.get("noun", "frames")
+
+    @property
     def end(self) -> dict[str, Any] | None:
         """The "end" of the last attempt, or None while it has none."""
         closing = [r for r in self.records if r["event"] in ("start", "end")][-1:]
@@ -111,9 +116,9 @@ def cause_of(failure: dict[str, Any]) -> str:
 
 
 def error_name(validations: Sequence[dict[str, Any]]) -> str | None:
-    """The metric drawn beside the loss: frame_error, else the first *_error, else the first other; None without."""
+    """The metric drawn beside the loss: frame_error, else the first error, else the first other; None without."""
     names = list(dict.fromkeys(name for v in validations for name in metrics_of(v) if name != "loss"))
-    errors = [name for name in names if name.endswith("_error")]
+    errors = [name for name in names if name.endswith("error")]
     return "frame_error" if "frame_error" in names else next(iter(errors + names), None)
 
 
@@ -172,7 +177,10 @@ def frames_per_second(trains: Sequence[dict[str, Any]]) -> float:
 
 
 def summarize(run: RunHistory) -> dict[str, Any]:
-    """The headline numbers of a run: status, cause, best and last validation, steps, epochs, frames, seconds, speed."""
+    """The headline numbers of a run: status, cause, best and last validation, steps, epochs, frames, seconds, speed.
+
+    "frames" are what the loss counts; "noun" says what these are.
+    """
     validations, progress = run.of("validate"), [r for r in run.records if "frames" in r]
     latest = max(progress, key=lambda r: r["step"], default={})
     epochs = [number(r["epoch"]) for r in run.records if "epoch" in r]
@@ -191,6 +199,7 @@ def summarize(run: RunHistory) -> dict[str, Any]:
         "last": told(validations[-1] if validations else None),
         "steps": max((r["step"] for r in run.records), default=0),
         "epochs": max(epochs, default=0.0),
+        "noun": run.noun,
         "frames": latest.get("frames", 0),
         "seconds": run.seconds,
         "frames_per_s": frames_per_second(run.of("train")),

@@ -16,7 +16,7 @@ from hpc.checkpoint import Checkpoint, Saver, check
 from hpc.meter import Meter
 from hpc.runtime import Device, StopFlag
 from hpc.schedule import Schedule
-from models.task import Task
+from models.task import Carry, Task
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Job:
     validation_frames: int
 
 
-def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
+def train(job: Job, at: int = 0, carry: dict[int, Carry] | None = None) -> bool:
     """Train from step `at` to the schedule's end.
 
     carry  split -> what its next batch starts from (hidden state belongs to the split)
@@ -64,6 +64,8 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
             for t in range(at, at + n):
                 with meter("read"):
                     batch, count = job.batches(split, t), 0  # None: this split has run dry
+                if job.batches.begins(t):
+                    carry[split] = None
                 if batch is not None:
                     count, carry[split] = learn(job, batch, split, t, carry[split])
                 with meter("backward"):  # adding it up, or handing it on, is its last part
@@ -80,7 +82,7 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
         due = job.checkpoint_every and at // job.checkpoint_every != (at - n) // job.checkpoint_every
         if at == judged or due or stopping:
             with meter("checkpoint"):
-                job.saver.save(at, strategy.state(), {"schedule": schedule.state()}, best=at == judged and best)
+                job.saver.save(at, strategy.state(), carry, {"schedule": schedule.state()}, best=at == judged and best)
         if stopping and at < schedule.steps and not schedule.stopped:
             break
     comm.settle()
@@ -90,7 +92,7 @@ def train(job: Job, at: int = 0, carry: dict[int, Any] | None = None) -> bool:
     return bool(schedule.stopped) or at >= schedule.steps
 
 
-def learn(job: Job, batch: Any, split: int, t: int, carry: Any) -> tuple[int, Any]:
+def learn(job: Job, batch: Any, split: int, t: int, carry: Carry) -> tuple[int, Carry]:
     """Forward and backward of one batch; its count of items, and what the split's next batch starts from."""
     with job.meter("forward"):
         job.batches.seed_all(split, t)
@@ -101,8 +103,6 @@ def learn(job: Job, batch: Any, split: int, t: int, carry: Any) -> tuple[int, An
     with job.meter("backward"):
         total.backward()
         loss = job.meter.add(split, total, count)  # a GPU is done with both only where the number is asked for
-    if carry is not None:  # neither saved nor resumed yet; the first task that needs it brings that
-        raise NotImplementedError(f"{type(job.task).__name__}.loss returned a carry, which checkpoints do not hold yet")
     if not math.isfinite(loss):
         some = sorted({batch.key_of(i) for i in range(min(count, 5))})
         raise TrainingFailed(

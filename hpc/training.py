@@ -12,7 +12,7 @@ import torch
 
 from collectives.comm import Comm, RootFailed, check_dealing, everywhere
 from collectives.strategy import TrainingFailed
-from hpc.build import finished_model, make_job, make_policy, registry
+from hpc.build import Carries, finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
 from hpc.config import Recipe, load
 from hpc.quantities import counted
@@ -80,24 +80,24 @@ def run_recipe(recipe: Recipe, comm: Comm) -> int:
         watchdog.close()
 
 
-def _train(recipe: Recipe, job: Job, at: int, folder: RunFolder) -> int:
+def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolder) -> int:
     comm, journal, began = job.comm, job.meter.journal, time.monotonic()
     hosts = sorted(set(comm.gather(comm.host)))
-    train_frames = job.batches.dataset.rows
+    train_frames = job.batches.progress(job.batches.per_epoch)[1]
     journal.write(
         "start", step=at, resumed_from=step_name(at) if at else None, ranks=comm.size, hosts=hosts,
-        splits=comm.n_splits, parameters=job.saver.flat.count, train_frames=train_frames,
+        splits=comm.n_splits, noun=job.task.noun, parameters=job.saver.flat.count, train_frames=train_frames,
         validation_frames=job.validation_frames,
         batch=recipe.data.batch, steps_per_epoch=job.batches.per_epoch, device=str(job.device.torch),
         threads=recipe.threads, precision=recipe.precision, versions=versions(),
     )
     log = logging.getLogger("trireme")
     log.info(
-        "%s: %s parameters, %s training frames, %s on %s, %s, steps %d to %d",
-        folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", counted(comm.size, "rank"), ", ".join(hosts),
-        counted(comm.n_splits, "split"), at, job.schedule.steps,
+        "%s: %s parameters, %s training %s, %s on %s, %s, steps %d to %d",
+        folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", job.task.noun, counted(comm.size, "rank"),
+        ", ".join(hosts), counted(comm.n_splits, "split"), at, job.schedule.steps,
     )
-    finished = train(job, at)
+    finished = train(job, at, carries)
     job.batches.close()
     comm.barrier()
     end: dict[str, Any] = {

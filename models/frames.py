@@ -1,95 +1,101 @@
-"""The frames task: a CD-DNN that names every frame's class (senone, phone state, speaker) from a window of frames.
+"""The frames task: every frame's class (senone, phone state, speaker), by a CD-DNN or by recurrent layers.
+
+A DNN sees a window of frames; its items are frames. Recurrent layers see whole utterances, which are their items then
+(epoch-wise BPTT); padding never counts.
 
 Source: paper 002, sections 2 and 5 (P(s|o) of a tied state from an observation vector; 7 hidden layers of 2048 to 9304
-senones), sigmoid or ReLU (table 2); paper 003, section 3.1 (11 frames of input).
+senones), sigmoid or ReLU (table 2); paper 003, section 3.1 (11 frames of input); paper 001, section 3.5 (SRU and
+bidirectional SRU acoustic models).
 
-Legend: B frames of a batch, W = 2 * context + 1 frames of a window, D values a frame, C classes.
+Legend: B frames of a batch or utterances, T frames of the longest, N of all, W = 2 * context + 1 frames of a window, D
+values a frame, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch.nn import functional
 
-from models.task import Loss, Piece, Sums
+from models.layers.acoustic import DNN, AcousticRNN, within
+from models.task import Carry, Loss, Piece, Sums, Task
 
-ACTIVATIONS = {"sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
+# What a network may have; the first is what it has if nothing is said.
+OF_SRU = ("tanh", "relu", "identity")
+ACTIVATIONS = {"dnn": ("sigmoid", "relu"), "sru": OF_SRU, "sru-later": OF_SRU}
 
 
 class FrameBatch(NamedTuple):
-    """inputs: [B, W, D] float32, raw features; labels: [B] int64; key_of: position -> utterance key."""
+    """Windows of frames, or of utterances side by side.
+
+    inputs   raw features, float32: [B, W, D], or [T, B, W, D]
+    labels   int64 [B], or [N], utterance after utterance
+    key_of   maps a position in `labels` to its utterance's key
+    lengths  int64 [B], of utterances
+    """
 
     inputs: torch.Tensor
     labels: torch.Tensor
-    key_of: Any
+    key_of: Callable[[int], str]
+    lengths: torch.Tensor | None = None
 
 
-class DNN(torch.nn.Module):
-    """`layers` fully connected layers of `width` units over a normalised window, then `classes` logits.
-
-    The data's mean and deviation are buffers, so the saved model can be fed raw features.
-    """
-
-    def __init__(
-        self, mean_D: torch.Tensor, deviation_D: torch.Tensor, window: int, layers: int, width: int, classes: int,
-        activation: str, dropout: float,
-    ):
-        super().__init__()
-        self.mean: torch.Tensor
-        self.scale: torch.Tensor
-        self.register_buffer("mean", mean_D.clone())
-        self.register_buffer("scale", 1.0 / deviation_D)
-        sizes = [window * len(mean_D)] + [width] * layers
-        hidden: list[torch.nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            hidden += [torch.nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
-            if dropout:
-                hidden.append(torch.nn.Dropout(dropout))
-        self.hidden = torch.nn.Sequential(*hidden)
-        self.output = torch.nn.Linear(sizes[-1], classes)
-
-    def forward(self, inputs_BWD: torch.Tensor) -> torch.Tensor:
-        """Raw windows [B, W, D] to logits [B, C]."""
-        normal = (inputs_BWD - self.mean) * self.scale
-        return self.output(self.hidden(normal.flatten(1)))
-
-
-class Frames:
+class Frames(Task):
     """Frame classification with cross-entropy; metrics: loss (nats a frame) and frame_error.
 
     data         field descriptions of the training set: features (width, mean, std), labels (classes, names, counts)
-    context      frames stacked on either side, repeated at the utterance's edges
-    layers       hidden layers
-    width        units a hidden layer
-    activation   "sigmoid" or "relu"
-    dropout      standard dropout after each hidden layer
-    init         "glorot": uniform of half-range sqrt(6 / (in + out)); "he": normal of deviation sqrt(2 / in);
-                 "uniform" and "normal": half-range or deviation `init_range`. Biases start at 0.
-    init_range   see init
+    network        "dnn", or a kind of recurrent layer: data.batch counts utterances then
+    bidirectional  recurrent layers: whether they also run from the last frame to the first
+    context        frames stacked on either side, repeated at the utterance's edges
+    layers         hidden layers
+    width          units a hidden layer; of each direction
+    activation     "sigmoid" (the default) or "relu"; of SRU "tanh" (the default), "relu" or "identity"
+    dropout        standard dropout after each hidden layer; in SRU, of g(c)
+    variational    recurrent layers: dropout of what goes into their matrix products, the same at all steps
+    init           "glorot": uniform of half-range sqrt(6 / (in + out)); "he": normal of deviation sqrt(2 / in);
+                   "uniform" and "normal": half-range or deviation `init_range`. Biases start at 0. The first
+                   two leave recurrent layers the initialisation that they have themselves.
+    init_range     see init
+
+    Raises ValueError for options that the network does not have.
     """
 
     fields: tuple[str, ...] = ("features", "labels")
+    per_row = True
 
     def __init__(
         self,
         data: Mapping[str, Any],
         *,
+        network: Literal["dnn", "sru", "sru-later", "lstm", "gru", "qrnn"] = "dnn",
+        bidirectional: bool = False,
         context: Annotated[int, Ge(0)] = 5,
         layers: Annotated[int, Ge(0)] = 3,
         width: Annotated[int, Ge(1)] = 512,
-        activation: Literal["sigmoid", "relu"] = "sigmoid",
+        activation: Literal["", "sigmoid", "relu", "tanh", "identity"] = "",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        variational: Annotated[float, Ge(0), Lt(1)] = 0.0,
         init: Literal["glorot", "he", "uniform", "normal"] = "glorot",
         init_range: Annotated[float, Gt(0)] = 0.05,
     ):
+        known = ACTIVATIONS.get(network, ("",))
+        if activation and activation not in known:
+            raise ValueError(
+                f"task.activation = '{activation}' is none that task.network = '{network}' has; "
+                f"{'choose one of ' + ', '.join(known) if known[0] else 'leave it out'}"
+            )
+        if network == "dnn" and (bidirectional or variational):
+            raise ValueError("task.bidirectional and task.variational are for recurrent networks; set task.network")
+        if network != "dnn" and not layers:
+            raise ValueError(f"task.layers = 0: task.network = '{network}' needs at least one")
+        self.network, self.bidirectional, self.variational = network, bidirectional, variational
+        self.unit = "row" if network == "dnn" else "sequence"
         self.margin = context
-        self.layers, self.width, self.activation, self.dropout = layers, width, activation, dropout
+        self.layers, self.width, self.activation, self.dropout = layers, width, activation or known[0], dropout
         self.init, self.init_range = init, init_range
         self.mean = torch.tensor(data["features"]["mean"], dtype=torch.float32)
         self.deviation = torch.tensor(data["features"]["std"], dtype=torch.float32)
@@ -98,65 +104,99 @@ class Frames:
             raise ValueError(f"the data set has {self.classes} class, nothing to tell apart; prepare at least two")
         self.offsets = torch.arange(-context, context + 1)
 
-    def model(self, generator: torch.Generator) -> torch.nn.Module:
-        model = DNN(
-            self.mean, self.deviation, 2 * self.margin + 1, self.layers, self.width, self.classes, self.activation,
-            self.dropout,
+    def model(self) -> torch.nn.Module:
+        window = 2 * self.margin + 1
+        if self.network == "dnn":
+            return DNN(
+                self.mean, self.deviation, window, self.layers, self.width, self.classes, self.activation, self.dropout
+            )
+        options = {"activation": self.activation} if self.activation else {}
+        return AcousticRNN(
+            self.mean, self.deviation, self.network, window, self.layers, self.width, self.classes,
+            bidirectional=self.bidirectional, dropout=self.dropout, variational=self.variational, **options,
         )
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                self._initialise(module, generator)
-        return model
 
-    def _initialise(self, layer: torch.nn.Linear, generator: torch.Generator) -> None:
+    def initialise(self, model: torch.nn.Module, generator: torch.Generator) -> None:
+        if isinstance(model, AcousticRNN) and self.init in ("glorot", "he"):
+            model.recurrent.initialise(generator)
+            self._initialise(model.output, generator)
+            return
+        for module in model.modules():
+            self._initialise(module, generator)
+
+    def _initialise(self, layer: torch.nn.Module, generator: torch.Generator) -> None:
+        """A layer's own parameters: matrices as `init` says, vectors zero."""
         with torch.no_grad():
-            layer.bias.zero_()
-            if self.init == "glorot":
-                bound = math.sqrt(6.0 / (layer.in_features + layer.out_features))
-                layer.weight.uniform_(-bound, bound, generator=generator)
-            elif self.init == "he":
-                layer.weight.normal_(0.0, math.sqrt(2.0 / layer.in_features), generator=generator)
-            elif self.init == "uniform":
-                layer.weight.uniform_(-self.init_range, self.init_range, generator=generator)
-            else:
-                layer.weight.normal_(0.0, self.init_range, generator=generator)
+            for parameter in layer.parameters(recurse=False):
+                if parameter.ndim == 1:
+                    parameter.zero_()
+                    continue
+                outputs, inputs = parameter.shape
+                if self.init == "glorot":
+                    bound = math.sqrt(6.0 / (inputs + outputs))
+                    parameter.uniform_(-bound, bound, generator=generator)
+                elif self.init == "he":
+                    parameter.normal_(0.0, math.sqrt(2.0 / inputs), generator=generator)
+                elif self.init == "uniform":
+                    parameter.uniform_(-self.init_range, self.init_range, generator=generator)
+                else:
+                    parameter.normal_(0.0, self.init_range, generator=generator)
 
     def check(self, piece: Piece) -> None:
-        features, labels = piece.fields["features"], piece.fields["labels"][piece.items]
+        features, labels = piece.fields["features"], piece.fields["labels"]
         if features.shape[1:] != self.mean.shape:
             raise ValueError(
                 f"utterance '{piece.key_of(0)}' has {features.shape[1]} values a frame, the model takes "
                 f"{len(self.mean)}; prepare the data as the model's training data was prepared"
             )
-        wrong = (labels < 0) | (labels >= self.classes)
-        if wrong.any():
-            at = int(torch.nonzero(wrong)[0])
+        wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
+        held = torch.nonzero((piece.first <= wrong[:1]) & (wrong[:1] <= piece.last)).flatten() if len(wrong) else wrong
+        if len(held):
             raise ValueError(
-                f"utterance '{piece.key_of(at)}' has label {int(labels[at])}, the data set has classes 0 to "
-                f"{self.classes - 1}; run 'trireme prepare' again with the right --classes"
+                f"utterance '{piece.key_of(int(held[0]))}' has label {int(labels[wrong[0]])}, the data set has classes "
+                f"0 to {self.classes - 1}; run 'trireme prepare' again with the right --classes"
             )
 
     def collate(self, piece: Piece, low: int, high: int) -> FrameBatch:
         items = piece.items[low:high]
         if self.offsets.device != items.device:
             self.offsets = self.offsets.to(items.device)
+        if self.unit == "sequence":
+            return self._utterances(piece, low, high)
         window = items[:, None] + self.offsets
         window = torch.minimum(torch.maximum(window, piece.first[low:high, None]), piece.last[low:high, None])
         inputs = piece.fields["features"].index_select(0, window.flatten()).view(*window.shape, -1)
         labels = piece.fields["labels"].index_select(0, items).long()
         return FrameBatch(inputs, labels, lambda position: piece.key_of(low + position))
 
-    def loss(self, model: torch.nn.Module, batch: FrameBatch, carry: None) -> Loss:
-        logits_BC = model(batch.inputs)
-        return functional.cross_entropy(logits_BC.float(), batch.labels, reduction="sum"), len(batch.labels), None
+    def _utterances(self, piece: Piece, low: int, high: int) -> FrameBatch:
+        first, last = piece.first[low:high], piece.last[low:high]
+        lengths = last - first + 1
+        rows_TB = torch.arange(int(lengths.max()), device=first.device)[:, None] + first
+        window = torch.minimum(torch.maximum(rows_TB[..., None] + self.offsets, first[:, None]), last[:, None])
+        inputs = piece.fields["features"].index_select(0, window.flatten()).view(*window.shape, -1)
+        rows = rows_TB.T[within(lengths, len(rows_TB))]
+        ends = lengths.cumsum(0)
+        return FrameBatch(
+            inputs, piece.fields["labels"].index_select(0, rows).long(),
+            lambda position: piece.key_of(low + int(torch.searchsorted(ends, position, right=True))), lengths,
+        )
 
-    def metrics(self, model: torch.nn.Module, batch: FrameBatch) -> Sums:
-        logits_BC = model(batch.inputs).float()
+    def _logits(self, model: torch.nn.Module, batch: FrameBatch) -> torch.Tensor:
+        out = model(batch.inputs) if batch.lengths is None else model(batch.inputs, batch.lengths)
+        return out.float()
+
+    def loss(self, model: torch.nn.Module, batch: FrameBatch, carry: Carry) -> Loss:
+        loss = functional.cross_entropy(self._logits(model, batch), batch.labels, reduction="sum")
+        return loss, len(batch.labels), None
+
+    def metrics(self, model: torch.nn.Module, batch: FrameBatch, carry: Carry) -> tuple[Sums, Carry]:
+        logits_BC = self._logits(model, batch)
         loss = functional.cross_entropy(logits_BC, batch.labels, reduction="none").double().sum()
         errors = (logits_BC.argmax(1) != batch.labels).sum()
         count = float(len(batch.labels))
-        return {"loss": (float(loss.detach()), count), "frame_error": (float(errors), count)}
+        return {"loss": (float(loss.detach()), count), "frame_error": (float(errors), count)}, None
 
     def predict(self, model: torch.nn.Module, batch: FrameBatch) -> torch.Tensor:
-        """Log posteriors [B, C], nats."""
-        return functional.log_softmax(model(batch.inputs).float(), 1)
+        """Log posteriors, nats: [B, C], or [N, C], utterance after utterance."""
+        return functional.log_softmax(self._logits(model, batch), 1)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from material import WIDTH, write_frames
 
-from hpc.batches import Batches, read_piece
+from hpc.batches import Batches, make_order
+from hpc.pieces import read_piece
 from hpc.shards import Dataset
 from models.frames import Frames
 
@@ -17,13 +18,11 @@ def folder(tmp_path_factory):
     return write_frames(tmp_path_factory.mktemp("frames") / "train", utterances=50, shards=4)
 
 
-def make(folder, splits, *, held=None, batch=24, split_frames=64, runs=3, seed=1, context=2):
+def make(folder, splits, *, batch=24, split_frames=64, runs=3, seed=1, context=2):
     data = Dataset(folder)
     task = Frames(data.manifest["fields"], context=context, layers=1, width=4)
-    return Batches(
-        data, task, held or range(splits), splits, batch=batch, split_frames=split_frames, runs=runs, seed=seed,
-        place=lambda x: x,
-    )
+    order = make_order(data, task, splits, batch=batch, split_frames=split_frames, runs=runs, seed=seed)
+    return Batches(order, seed, place=lambda x: x)
 
 
 @settings(deadline=None, max_examples=25)
@@ -34,10 +33,10 @@ def make(folder, splits, *, held=None, batch=24, split_frames=64, runs=3, seed=1
 def test_an_epoch_is_every_frame_exactly_once(folder, splits, per_split, split_frames, runs, epoch):
     batches = make(folder, splits, batch=splits * per_split, split_frames=split_frames, runs=runs)
     rows = [
-        row for block in range(batches.blocks) for split in range(splits)
-        for low, high in batches.runs_of(split, epoch, block) for row in range(low, high)
+        row for block in range(batches.order.blocks) for split in range(splits)
+        for low, high in batches.order.runs_of(split, epoch, block) for row in range(low, high)
     ]
-    assert sorted(rows) == list(range(batches.dataset.rows))
+    assert sorted(rows) == list(range(batches.order.dataset.rows))
 
 
 def test_every_step_takes_the_whole_batch_and_only_the_last_what_is_left(folder):
@@ -46,8 +45,8 @@ def test_every_step_takes_the_whole_batch_and_only_the_last_what_is_left(folder)
         sum(len(b.labels) for split in range(4) if (b := batches(split, t)) is not None)
         for t in range(batches.per_epoch)
     ]
-    assert sizes[:-1] == [24] * (batches.per_epoch - 1) and sum(sizes) == batches.dataset.rows
-    assert batches.progress(batches.per_epoch) == (1.0, batches.dataset.rows)
+    assert sizes[:-1] == [24] * (batches.per_epoch - 1) and sum(sizes) == batches.order.dataset.rows
+    assert batches.progress(batches.per_epoch) == (1.0, batches.order.dataset.rows)
     batches.close()
 
 
@@ -67,11 +66,11 @@ def same(one, other):
 
 
 def test_a_splits_batches_do_not_depend_on_who_holds_it_nor_on_where_reading_starts(folder):
-    everything, alone = make(folder, 4), make(folder, 4, held=range(2, 3))
+    everything, alone = make(folder, 4), make(folder, 4)
     steps = 2 * everything.per_epoch + 3
     reference = stream(everything, 2, steps)
     assert same(reference, stream(alone, 2, steps))
-    later = make(folder, 4, held=range(2, 3))
+    later = make(folder, 4)
     assert same(reference[steps - 5 :], [
         None if (b := later(2, t)) is None else (b.inputs, b.labels) for t in range(steps - 5, steps)
     ])
@@ -115,7 +114,7 @@ def test_a_batch_that_the_splits_do_not_divide_is_an_error(folder):
 def test_more_splits_than_the_last_step_has_frames_leaves_some_dry(folder):
     batches = make(folder, 12, batch=12, split_frames=5)
     last = batches.per_epoch - 1
-    rest = batches.dataset.rows - last * 12
+    rest = batches.order.dataset.rows - last * 12
     held = [batches(split, last) for split in range(12)]
     assert sum(b is not None for b in held) == rest
     batches.close()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hpc.schedule import Constant, Halving, Newbob, Replay, Schedule, Steps
+from hpc.schedule import Constant, Decay, Halving, Newbob, Replay, Schedule, Steps
 
 
 def walk(policy, losses, per_epoch=10, every=0):
@@ -75,3 +75,8 @@ def test_validations_fall_on_multiples_or_epochs_and_on_the_last_step():
     often = Schedule(Constant(0.1, epochs=2), per_epoch=10, every=6)
     assert [often.next_judgement(at) for at in (0, 6, 13, 18)] == [6, 12, 18, 20]
     assert Schedule(Constant(0.1), 10).rate(25).epoch == 2
+
+
+def test_decay_begins_after_its_epochs():
+    policy = Decay(1.0, factor=0.5, after=2, epochs=9)
+    assert [policy.rate(progress, 0) for progress in (0, 1.99, 2, 2.99, 3)] == [1, 1, 0.5, 0.5, 0.25]

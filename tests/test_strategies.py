@@ -139,7 +139,7 @@ def test_going_back_to_a_saved_state_takes_everything_back(shared_folder):
 
 def save(problem, folder):
     saver = Saver(folder, problem.comm, problem.flat, keep=5)
-    saver.save(problem.at, problem.strategy.state(), {}, best=False)
+    saver.save(problem.at, problem.strategy.state(), {}, {}, best=False)
     saver.close()
     problem.comm.barrier()
 

@@ -55,6 +55,20 @@ def test_two_threads_a_rank_and_bfloat16_and_adam_keep_the_law(trireme, tmp_path
     assert one != train(trireme, recipe, 2, tmp_path / "other", *changes, "seed=4")
 
 
+def test_recurrent_acoustic_models_keep_the_law(trireme, tmp_path):
+    recipe = write_recipe(tmp_path)
+    network = (
+        'task={name="frames", network="sru", bidirectional=true, layers=2, width=16, dropout=0.1, variational=0.1}'
+    )
+    changes = (network, "data.batch=8", "optim.learning_rate=0.1", "schedule.epochs=2")
+    digests = [train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2, 4)]
+    assert len(set(digests)) == 1
+    shown = [json.loads(trireme("evaluate", tmp_path / f"run{k}", tmp_path / "validation", "--json", ranks=r).stdout)
+             for k, r in ((1, 3), (4, 1))]
+    assert shown[0]["loss"] == shown[1]["loss"] and shown[0]["frame_error"] < 0.6
+    trireme("predict", tmp_path / "run1", tmp_path / "validation", "--to", "ark", ranks=2)
+
+
 def ranks_below(pid):
     children = {}
     for entry in os.listdir("/proc"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter as Tally
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hpc.prepare.frames_options import add_arguments as add_arguments
 from hpc.prepare.frames_options import checked, holdout_of, show, source_of
 from hpc.prepare.holdout import Holdout, runs, shuffled
 from hpc.prepare.pairs import Form, Source, build_pair
-from hpc.prepare.progress import Counter
+from hpc.prepare.rounds import Advance, build_in_rounds
 from hpc.shards import MANIFEST, DataError, read_manifest, write_json
 
 
@@ -136,36 +135,12 @@ def _width(source: Source, first: str, deltas: int, given: dict[str, Any] | None
 def _build(
     comm: Comm, source: Source, folders: dict[str, Path], cut: Cut, form: Form, mark: str, quiet: bool
 ) -> tuple[dict[str, list[Any]], int]:
-    """Records of all shards, a list a set, and how many were found finished (collective).
+    """Records of all shards, a list a set, and how many were found finished (collective)."""
 
-    Shards are built in rounds of one a rank; after every round the ranks agree whether all went well.
-    """
-    jobs = [(name, index) for name, pieces in cut.items() for index in range(len(pieces))]
-    records: dict[tuple[str, int], Any] = {}
+    def build(name: str, index: int, advance: Advance) -> dict[str, Any]:
+        return build_pair(source, cut[name][index], folders[name], index, len(cut[name]), form, advance)
 
-    def take(work: Sequence[tuple[str, int]], act: Any) -> None:
-        answers = comm.each(lambda: [act(*work[i]) for i in comm.mine(len(work))])
-        for rank, part in enumerate(answers):
-            for job, record in zip(work[rank :: comm.size], part, strict=True):
-                if record is not None:
-                    records[job] = record
-
-    take(jobs, lambda name, index: journal.remembered(folders[name], index, len(cut[name]), mark))
-    resumed = len(records)
-    todo = [job for job in jobs if job not in records]
-    total = sum(len(piece) for pieces in cut.values() for piece in pieces)
-    with Counter(comm.is_root() and not quiet, total) as counter:
-
-        def build(name: str, index: int) -> dict[str, Any]:
-            keys, count = cut[name][index], len(cut[name])
-            record = build_pair(source, keys, folders[name], index, count, form, counter.advance)
-            journal.remember(folders[name], index, count, mark, record)
-            return record
-
-        for at in range(0, len(todo), comm.size):
-            counter.correct(sum(r["utterances"] for r in records.values()), sum(r["frames"] for r in records.values()))
-            take(todo[at : at + comm.size], build)
-    return {name: [records[name, i] for i in range(len(pieces))] for name, pieces in cut.items()}, resumed
+    return build_in_rounds(comm, folders, cut, mark, build, quiet)
 
 
 def _tallied(records: dict[str, list[Any]]) -> list[str]:

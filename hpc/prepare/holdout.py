@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hpc.prepare.labels import some
 from hpc.shards import DataError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def shuffled(keys: Sequence[str], seed: int) -> list[str]:
     return [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
 
 
-def runs(keys: Sequence[str], pieces: int) -> list[list[str]]:
-    """The keys cut into contiguous runs, at most `pieces` of them, sizes differing by one at most, none empty."""
+def runs(keys: Sequence[Item], pieces: int) -> list[list[Item]]:
+    """The keys (or other items) cut into at most `pieces` contiguous runs, none empty, of sizes one apart at most."""
     pieces = min(pieces, len(keys))
     bounds = [len(keys) * i // pieces for i in range(pieces + 1)]
     return [list(keys[low:high]) for low, high in pairwise(bounds)]

@@ -55,7 +55,7 @@ def claim(folders: Sequence[Path], mark: str, options: Mapping[str, Any], overwr
     if all((folder / MANIFEST).exists() for folder in folders):
         for folder in folders:
             try:
-                Dataset(folder).close()
+                _open(folder).close()
             except DataError as error:
                 raise DataError(f"{error}, with --overwrite") from error
         close(folders)
@@ -64,6 +64,13 @@ def claim(folders: Sequence[Path], mark: str, options: Mapping[str, Any], overwr
         _remove(folder, re.compile(r"\..+\.tmp\d+"))
         write_json(folder / PLAN, {"fingerprint": mark, "options": options})
     return "continued" if any(found) else "new"
+
+
+def _open(folder: Path) -> Dataset:
+    """A data set with all its fields, whatever they are."""
+    fields = read_manifest(folder)["fields"]
+    targets = [name for name, about in fields.items() if about.get("rows") == "sequence"]
+    return Dataset(folder, [name for name in fields if name not in targets], targets)
 
 
 def close(folders: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 EVERY = 30.0  # seconds between lines where there is no terminal
+NOUNS = ("utterances", "frames")
 
 
 class Counter:
@@ -16,18 +17,19 @@ class Counter:
 
     shown  whether this process shows anything
     total  utterances in all
+    nouns  what utterances and frames are called
     """
 
-    def __init__(self, shown: bool, total: int):
-        self._shown, self._total = shown, total
+    def __init__(self, shown: bool, total: int, nouns: tuple[str, str] = NOUNS):
+        self._shown, self._total, self._nouns = shown, total, nouns
         self._utterances = self._frames = 0
         self._next_line = time.monotonic() + EVERY
         self._started = time.monotonic()
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("utterances"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[frames]:,} frames"), TimeRemainingColumn(),
+                TextColumn(nouns[0]), BarColumn(), MofNCompleteColumn(),
+                TextColumn(f"{{task.fields[frames]:,}} {nouns[1]}"), TimeRemainingColumn(),
                 console=Console(stderr=True), transient=True,
             )
             self._task = self._bar.add_task("", total=total, frames=0)
@@ -53,6 +55,6 @@ class Counter:
         elif self._shown and time.monotonic() >= self._next_line:
             elapsed = time.monotonic() - self._started
             left = elapsed * (self._total - utterances) / max(1, utterances)
-            line = f"{utterances:,} of {self._total:,} utterances, {frames:,} frames, about {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            done = f"{utterances:,} of {self._total:,} {self._nouns[0]}, {frames:,} {self._nouns[1]}"
+            print(f"{done}, about {left:.0f} s left", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + EVERY

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from kernels.sru import recurrence
+from kernels import sru
 
 State = tuple[torch.Tensor, ...]
 Kind = Literal["sru", "sru-later", "lstm", "gru", "qrnn"]
@@ -91,13 +91,13 @@ class SRU(torch.nn.Module):
 
     def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         given = _same_for_all_steps(x_TBI, self.variational, self.training)
-        u_TBKD = torch.nn.functional.linear(given, self.weight)
         mask = None
         if self.training and self.dropout:
-            mask = torch.nn.functional.dropout(torch.ones_like(u_TBKD[..., : self.states[0]]), self.dropout)
-        h_TBD, c_BD = recurrence(
-            u_TBKD, x_TBI if self.parts == 3 else None, self.bias, state[0], v=self.v, lengths=lengths, mask_TBD=mask,
-            activation=self.activation, reverse=self.reverse, scale=self.scale,
+            ones = torch.ones((*x_TBI.shape[:2], self.states[0]), device=x_TBI.device)
+            mask = torch.nn.functional.dropout(ones, self.dropout)
+        h_TBD, c_BD = sru.layer(
+            x_TBI, self.weight, self.bias, state[0], given_TBI=None if given is x_TBI else given, v=self.v,
+            lengths=lengths, mask_TBD=mask, activation=self.activation, reverse=self.reverse, scale=self.scale,
         )
         return h_TBD, (c_BD,)
 
@@ -134,7 +134,7 @@ class QRNN(torch.nn.Module):
         mask = None
         if self.training and self.dropout:
             mask = torch.nn.functional.dropout(torch.ones_like(z), self.dropout)
-        h_TBD, c_BD = recurrence(
+        h_TBD, c_BD = sru.recurrence(
             u_TBKD, torch.zeros_like(z), torch.zeros_like(self.bias[width:]), state[0], lengths=lengths, mask_TBD=mask,
             activation="identity",
         )

@@ -1,0 +1,167 @@
+"""Which items a split gets in which block, and in which order: a function of (seed, epoch, block, split) alone.
+
+Rows and sequences: the data set is cut into contiguous runs of items; a permutation of the runs, drawn from (seed,
+epoch), gives a stream of items. The stream is cut into blocks, each block evenly into the recipe's splits: what a split
+gets in a block is its piece. A piece is read as contiguous runs and shuffled by (seed, epoch, block, split). Sequences
+are then grouped into batches of like lengths; the batches' order is the same in all splits, so that ranks have about
+the same to do at every step.
+
+Running text: the text is cut into as many lanes as a step has over all splits; every split holds a stretch of
+neighbouring lanes and reads them from their beginning to their end.
+
+Every step takes exactly `batch` items over all splits, the last of an epoch what is left. Source: design, section 4;
+paper 003, section 2.2 (blocks and splits); paper 001, section 3.3 (a long sequence, split into a few chunks).
+
+Legend: N items of a piece.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from hpc.pieces import empty_piece, read_for
+from hpc.shards import DataError, Dataset
+from models.task import Piece, Task
+
+ORDER, SHUFFLE, DRAW, LENGTHS = 0, 1, 2, 3  # what a random stream is for; the first word of its key after the seed
+
+
+def generator(seed: int, purpose: int, *key: int) -> np.random.Generator:
+    """The random generator of one purpose and place: the same for every number of ranks."""
+    return np.random.default_rng([seed, purpose, *key])
+
+
+class Order:
+    """How an epoch is cut into steps and blocks.
+
+    dataset       the training set
+    task          says what an item is
+    total         items of an epoch
+    n_splits      the recipe's splits; must divide `batch`
+    batch         items of a step over all splits
+    split_frames  rows of a split's piece at most
+
+    share            items of a split's step
+    per_epoch        steps
+    steps_per_block  steps that a piece lasts
+    counted          what the loss counts in a whole step, on average: what gradients are divided by
+
+    Raises ValueError if `n_splits` does not divide `batch`.
+    """
+
+    def __init__(self, dataset: Dataset, task: Task, total: int, n_splits: int, batch: int, split_frames: int):
+        if batch % n_splits:
+            raise ValueError(f"data.batch = {batch} is no multiple of splits = {n_splits}; use one that is")
+        self.dataset, self.task, self.total, self.n_splits, self.batch = dataset, task, total, n_splits, batch
+        self.share = batch // n_splits
+        self.per_epoch = math.ceil(total / batch)
+        rows = dataset.rows / dataset.utterances if task.unit == "sequence" else 1  # an item has, on average
+        # No longer than an even cut of the data: a small set is still many runs, dealt to all splits.
+        self.steps_per_block = max(1, min(int(split_frames / rows) // self.share, self.per_epoch))
+        self.blocks = math.ceil(self.per_epoch / self.steps_per_block)
+        self.counted: float = batch * rows if task.per_row else batch
+
+    def load(self, split: int, epoch: int, block: int) -> Piece:
+        """Read, check and order one piece."""
+        raise NotImplementedError
+
+
+class Shuffled(Order):
+    """Rows or sequences, shuffled.
+
+    runs  contiguous runs that a piece is read from
+    seed  the recipe's seed
+    """
+
+    def __init__(
+        self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, runs: int, seed: int
+    ):
+        # Where items begin, by row; rows need no list.
+        self._starts = dataset.starts if task.unit == "sequence" else None
+        total = dataset.rows if self._starts is None else dataset.utterances
+        super().__init__(dataset, task, total, n_splits, batch, split_frames)
+        self.seed = seed
+        self.run_items = max(1, math.ceil(min(self.steps_per_block * self.share, total / n_splits) / runs))
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def load(self, split: int, epoch: int, block: int) -> Piece:
+        runs = self.runs_of(split, epoch, block)
+        if not runs:
+            return empty_piece()
+        piece = read_for(self.task, self.dataset, runs)
+        self.task.check(piece)
+        piece.take_(torch.from_numpy(generator(self.seed, SHUFFLE, epoch, block, split).permutation(len(piece))))
+        if self._starts is not None:
+            self._group_by_length(piece, generator(self.seed, LENGTHS, epoch, block))
+        return piece
+
+    def _group_by_length(self, piece: Piece, random: np.random.Generator) -> None:
+        """Batches of like lengths, in place, in an order drawn from `random`; what fills no batch stays last."""
+        whole = len(piece) // self.share
+        lengths = (piece.last - piece.first)[: whole * self.share]
+        batches = torch.argsort(lengths, stable=True).view(whole, self.share)
+        batches = batches[torch.from_numpy(random.permutation(whole))]
+        piece.take_(torch.cat([batches.flatten(), torch.arange(whole * self.share, len(piece))]))
+
+    def runs_of(self, split: int, epoch: int, block: int) -> list[tuple[int, int]]:
+        """The row ranges of a split's piece."""
+        low = block * self.steps_per_block * self.batch
+        items = min(self.total - low, self.steps_per_block * self.batch)
+        whole, rest = divmod(items, self.batch)
+        shares = [whole * self.share + rest // self.n_splits + (s < rest % self.n_splits) for s in range(split + 1)]
+        begin = low + sum(shares[:-1])
+        found = self._stream(epoch, begin, begin + shares[-1])
+        if self._starts is None:
+            return found
+        return [(int(self._starts[first]), int(self._starts[last])) for first, last in found]
+
+    def _stream(self, epoch: int, low: int, high: int) -> list[tuple[int, int]]:
+        """Ranges of items at the epoch's stream positions [low, high)."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            count = math.ceil(self.total / self.run_items)
+            order = generator(self.seed, ORDER, epoch).permutation(count)
+            sizes = np.minimum((order + 1) * self.run_items, self.total) - order * self.run_items
+            self._epoch = (epoch, order, np.concatenate([[0], np.cumsum(sizes)]))
+        _, order, edges = self._epoch
+        found = []
+        at = low
+        while at < high:
+            i = int(np.searchsorted(edges, at, side="right")) - 1
+            end = min(high, int(edges[i + 1]))
+            base = int(order[i]) * self.run_items - int(edges[i])
+            found.append((at + base, end + base))
+            at = end
+        return sorted(found)
+
+
+class Lanes(Order):
+    """Running text, in its own order; the last rows, fewer than there are lanes, are left out.
+
+    Raises ValueError if the task's steps and the splits do not divide `batch`, DataError if the text is too short.
+    """
+
+    def __init__(self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int):
+        lanes, rest = divmod(batch, task.steps)
+        if rest or lanes % n_splits:
+            raise ValueError(
+                f"data.batch = {batch} words are no whole number of lanes of task.steps = {task.steps} words for each "
+                f"of {n_splits} splits; use a multiple of {task.steps * n_splits}"
+            )
+        self.length = (dataset.rows - 1) // lanes  # of a lane; every row has one after it, to be predicted
+        if not self.length:
+            raise DataError(
+                f"data set '{dataset.folder}' has {dataset.rows} words, too few for {lanes} lanes; lower data.batch"
+            )
+        super().__init__(dataset, task, lanes * self.length, n_splits, batch, split_frames)
+
+    def load(self, split: int, epoch: int, block: int) -> Piece:
+        lanes = self.share // self.task.steps
+        low = block * self.steps_per_block * self.task.steps
+        high = min(low + self.steps_per_block * self.task.steps, self.length)
+        begins = [lane * self.length for lane in range(split * lanes, (split + 1) * lanes)]
+        piece = read_for(self.task, self.dataset, [(begin + low, begin + high) for begin in begins])
+        self.task.check(piece)
+        return piece

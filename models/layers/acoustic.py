@@ -1,0 +1,82 @@
+"""Acoustic models: a DNN over windows of frames, and recurrent layers over whole utterances.
+
+The data's mean and deviation are buffers of both, so that a saved model can be fed raw features.
+
+Legend: T frames of the longest utterance, B windows or utterances of a batch, W frames of a window, D values a frame, C
+classes, N frames of all utterances of a batch.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from models.layers.recurrent import Kind, Recurrent
+
+ACTIVATIONS = {"sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
+
+
+class Normal(torch.nn.Module):
+    """Values to mean 0 and deviation 1.
+
+    mean, deviation  [D], of the training set
+    """
+
+    def __init__(self, mean_D: torch.Tensor, deviation_D: torch.Tensor):
+        super().__init__()
+        self.mean: torch.Tensor
+        self.scale: torch.Tensor
+        self.register_buffer("mean", mean_D.clone())
+        self.register_buffer("scale", 1.0 / deviation_D)
+
+    def normal(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs - self.mean) * self.scale
+
+
+class DNN(Normal):
+    """`layers` fully connected layers of `width` units over a normalised window, then `classes` logits."""
+
+    def __init__(
+        self, mean_D: torch.Tensor, deviation_D: torch.Tensor, window: int, layers: int, width: int, classes: int,
+        activation: str, dropout: float,
+    ):
+        super().__init__(mean_D, deviation_D)
+        sizes = [window * len(mean_D)] + [width] * layers
+        hidden: list[torch.nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            hidden += [torch.nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+            if dropout:
+                hidden.append(torch.nn.Dropout(dropout))
+        self.hidden = torch.nn.Sequential(*hidden)
+        self.output = torch.nn.Linear(sizes[-1], classes)
+
+    def forward(self, inputs_BWD: torch.Tensor) -> torch.Tensor:
+        """Raw windows [B, W, D] to logits [B, C]."""
+        return self.output(self.hidden(self.normal(inputs_BWD).flatten(1)))
+
+
+class AcousticRNN(Normal):
+    """Recurrent layers over the normalised windows of whole utterances, then `classes` logits a frame.
+
+    kind     of layer: see `Recurrent`, which takes `options` too
+    window   W
+    """
+
+    def __init__(
+        self, mean_D: torch.Tensor, deviation_D: torch.Tensor, kind: Kind, window: int, layers: int, width: int,
+        classes: int, **options: object,
+    ):
+        super().__init__(mean_D, deviation_D)
+        self.recurrent = Recurrent(kind, window * len(mean_D), width, layers, **options)  # type: ignore[arg-type]
+        self.output = torch.nn.Linear(self.recurrent.outputs, classes)
+
+    def forward(self, inputs_TBWD: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Raw windows [T, B, W, D] of utterances of these lengths [B] to logits [N, C], utterance after utterance."""
+        h_TBH, _ = self.recurrent(self.normal(inputs_TBWD).flatten(2), lengths)
+        return self.output(h_TBH.transpose(0, 1)[within(lengths, len(h_TBH))])
+
+
+def within(lengths: torch.Tensor, steps: int) -> torch.Tensor:
+    """Which steps belong to sequences of these lengths [B]: bool [B, T]."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
