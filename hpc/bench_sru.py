@@ -2,7 +2,11 @@
 
 Paper 001, figure 1: a layer of width d on a batch of sequences, forward, and forward with backward. Beside ours, in
 turns: torch's LSTM, Conv1d with 2 and 3 inputs a step, the package `sru` where it is installed, the grouped matrix
-product of equation (8) by itself, and a copy of as many bytes as the recurrence reads and writes.
+product of equation (8) by itself as our layer makes it, and a copy of as many bytes as the recurrence reads and writes
+in float32.
+
+The package compiles its CPU side when it is imported, for which it needs a C++ compiler and `ninja`. To keep it out of
+the environment: pip install --no-deps --target FOLDER sru ninja, and PYTHONPATH=FOLDER PATH=FOLDER/bin:$PATH.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 
 from hpc.bench import in_turns, quotient, say, spread
 from hpc.quantities import counted
+from kernels.product import product as multiplied
 from models.layers.recurrent import SRU
 
 TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
@@ -84,17 +89,37 @@ def make_sides(size: Size) -> dict[str, Side]:
         conv = torch.nn.Conv1d(d, d, grams, padding=grams - 1)
         sides[f"conv{grams}"] = Side(conv, batch_first, list(conv.parameters()))
     weight = torch.nn.Parameter(torch.randn(3 * d, d) / d)
-    sides["product"] = Side(lambda x: torch.nn.functional.linear(x, weight), steps_first, [weight])
-    if theirs := _package(d):
+    sides["product"] = Side(lambda x: _Product.apply(x, weight, size.dtype), steps_first, [weight])
+    if size.dtype == "float32" and (theirs := _package(d)):  # under autocast its kernel refuses what it is given
         sides["package sru"] = Side(lambda x: theirs(x)[0], steps_first, list(theirs.parameters()))
     return sides
+
+
+class _Product(torch.autograd.Function):
+    """Equation (8) by itself, as `kernels.sru.layer` makes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, dtype: str) -> torch.Tensor:
+        kind = getattr(torch, dtype)
+        rows, weight = x.to(kind).flatten(0, 1), weight.to(kind)
+        ctx.save_for_backward(rows, weight)
+        return multiplied(rows, weight).view(*x.shape[:2], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grad.flatten(0, 1)
+        grad_x = multiplied(grad_rows, weight.t()).view(*grad.shape[:2], weight.shape[1])
+        return grad_x, multiplied(grad_rows.t(), rows.t()), None
 
 
 def _package(d: int) -> Any:
     """A layer of the package `sru`, where it is installed; else None."""
     try:
         return import_module("sru").SRU(d, d, num_layers=1, dropout=0.0)
-    except ImportError:
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: it does not compile
+        if not isinstance(error, ModuleNotFoundError):
+            say(f"the package sru is left out: {' '.join(str(error).split())[:200]}")
         return None
 
 

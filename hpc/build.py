@@ -67,9 +67,11 @@ def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
     return registry()["task"][recipe.task.name](fields, **options(recipe.task))
 
 
-def make_model(task: Task, device: Device) -> torch.nn.Module:
-    """The task's model on the device, its weights whatever they are."""
+def make_model(task: Task, device: Device, seed: int | None = None) -> torch.nn.Module:
+    """The task's model on the device, initialised from a seed; None: its weights whatever they are."""
     model = task.model()
+    if seed is not None:
+        task.initialise(model, torch.Generator().manual_seed(seed))
     for name, module in model.named_modules():
         if getattr(module, "track_running_stats", False):
             raise ValueError(
@@ -136,7 +138,10 @@ def make_job(
     run.opened = True
     with watchdog.resting():  # copying and hashing a large data set shows no progress
         train_set, *rest = open_data(recipe, comm, task)
-    model = make_model(task, device)
+    fresh = comm.on_root(lambda: not any(run.checkpoints.glob("step-*")) and not recipe.init_from)
+    made: list[torch.nn.Module] = []
+    comm.each(lambda: made.append(make_model(task, device, recipe.seed if fresh else None)))
+    (model,) = made
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
     order = make_order(
@@ -231,8 +236,6 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
     if recipe.init_from:
         load_model(Path(recipe.init_from, MODEL), flat, flat.weights)
         log.info("starting from the model of %s", recipe.init_from)
-    else:
-        job.comm.each(lambda: job.task.initialise(job.model, torch.Generator().manual_seed(recipe.seed)))
     job.strategy.begin()
     return 0, dict.fromkeys(job.comm.splits)
 

@@ -9,6 +9,8 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import torch  # noqa: F401  first of all: it brings the OpenMP whose threads the library shares
+
 POINTER, INT32, INT64, UINT32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
 
 # name -> argument types, result type
@@ -21,7 +23,7 @@ FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     **{f"trireme_{rule}": ([POINTER] * 4 + [INT64, POINTER], INT32)
        for rule in ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamax")},
     **{f"trireme_sru_{name}": ([POINTER], None)
-       for name in ("forward", "backward", "forward_double", "backward_double")},
+       for name in (f"{side}{kind}" for side in ("forward", "backward") for kind in ("", "_bfloat16", "_double"))},
 }
 
 

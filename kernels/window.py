@@ -22,8 +22,7 @@ import torch
 from kernels import native
 
 ADD = -1  # in a program: add the two topmost values
-SPINS = 2000  # looks before a waiting rank goes to sleep: some microseconds
-YIELDS = 200  # the same where ranks share cores, with the core lent to others in between
+SPINS = 2000  # looks of a waiting rank before it lends its core: some microseconds
 LINE = 16  # words of a flag: a cache line, so that ranks do not disturb each other's
 LEARNED = 2  # the word of a flag that says in which turn its owner had something to add
 
@@ -97,7 +96,7 @@ class Flags:
         start = words.ctypes.data
         self.at = [[start + 4 * LINE * (r * flags + f) for f in range(flags)] for r in range(ranks)]
         crowded = ranks > len(os.sched_getaffinity(0))  # the awaited rank may need the core of the one that waits
-        self.spins = -YIELDS if crowded else SPINS
+        self.spins = -1 if crowded else SPINS
 
     def post(self, rank: int, flag: int, turn: int, learned: bool = False) -> None:
         """Raise one's own flag; everything written before is seen by who sees the flag."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import product as combined
+from pathlib import Path
 
 import cuda_on_cpu
+import numpy as np
 import pytest
 import torch
 
 from kernels import native, sru
-from kernels.sru import ACTIVATIONS, recurrence, reference
+from kernels.product import product
+from kernels.sru import ACTIVATIONS, layer, recurrence, reference
 
-KINDS = list(product(ACTIVATIONS, (3, 4), (False, True), (False, True), (False, True)))  # g, K, v, mask, reverse
+KINDS = list(combined(ACTIVATIONS, (3, 4), (False, True), (False, True), (False, True)))  # g, K, v, mask, reverse
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,11 @@ def made(steps, batch, d, parts=3, *, peephole=False, masked=False, dtype=torch.
         "c0": leaf(batch, d), "v": leaf(2 * d) if peephole else None,
         "mask": (torch.rand(steps, batch, d, generator=random) > 0.3).to(dtype) / 0.7 if masked else None,
     }
+
+
+def stored_as(dtype, given):
+    """The same with u and x of another type."""
+    return given | {k: t.detach().to(dtype).requires_grad_() for k, t in given.items() if k in "ux" and t is not None}
 
 
 def run(given, lengths=None, **options):
@@ -68,6 +76,68 @@ def test_near_to_the_reference_in_float64_forward_and_backward(kind):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
 
 
+def within_one_step(found, wanted):
+    """Whether bfloat16 numbers are the right ones, but for what is nearly halfway between two."""
+    wanted = wanted.to(torch.bfloat16)
+    steps = (found.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+    tiny = (found.float() - wanted.float()).abs() < 1e-6  # of either sign
+    assert ((steps <= 1) | tiny).all() and (found == wanted).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
+def test_in_bfloat16_only_what_is_stored_is_rounded(kind):
+    activation, parts, peephole, masked, reverse = kind
+    for steps, batch, d in ((7, 3, 19), (4, 2, 64)):
+        given = stored_as(torch.bfloat16, made(steps, batch, d, parts, peephole=peephole, masked=masked))
+        lengths = torch.tensor([steps, steps // 2, 0][:batch])
+        outputs = run(given, lengths, activation=activation, reverse=reverse, scale=1.3)
+        assert [output.dtype for output in outputs] == [torch.bfloat16, torch.float32]
+        weights = [torch.randn_like(output) for output in outputs]
+        near = exact(given, lengths, activation, reverse, 1.3, weights)
+        for found, wanted in zip(with_gradients(outputs, given, weights), near, strict=True):
+            if found.dtype == torch.bfloat16:
+                within_one_step(found, wanted)
+            else:
+                torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    values = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-40, 3e38, float("inf"), float("nan")])])
+    values = torch.cat([values, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])])  # halfway between two
+    u = torch.zeros(1, 1, 3 * len(values), dtype=torch.bfloat16)
+    u[..., 2 * len(values) :] = 100.0  # r = 1: h is the state, and f = 1 keeps that
+    u[..., len(values) : 2 * len(values)] = 100.0
+    x = torch.zeros(1, 1, len(values), dtype=torch.bfloat16)
+    h, last = recurrence(u, x, torch.zeros(2 * len(values)), values[None], activation="identity")
+    assert torch.equal(last[0].nan_to_num(7.0), values.nan_to_num(7.0))
+    assert torch.equal(h[0, 0].nan_to_num(7.0), values.to(torch.bfloat16).nan_to_num(7.0))
+    assert torch.equal(h.isnan()[0, 0], values.isnan())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_same_bits_with_any_number_of_threads(stored, monkeypatch):
+    monkeypatch.setattr(sru, "ENOUGH", 1)
+    for batch, d in ((1, 7), (1, 200), (2, 33), (3, 65), (4, 16), (9, 40), (32, 64)):
+        given = stored_as(stored, made(5, batch, d, peephole=True, masked=True))
+        lengths = torch.arange(batch) % 6
+        wanted = None
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outputs = run(given, lengths)
+            weights = [torch.ones_like(output) for output in outputs]
+            found = with_gradients(outputs, given, weights)
+            wanted = wanted or found
+            assert all(map(torch.equal, found, wanted)), (batch, d, threads)
+
+
+def test_threads_are_torchs_own():
+    maps = Path("/proc/self/maps")
+    if native.library() is None or not maps.exists():
+        pytest.skip("the CPU library was not built, or nothing says what is loaded")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    assert len(loaded) <= 1, loaded
+
+
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory):
     """The CUDA source, built for the CPU."""
@@ -76,19 +146,20 @@ def cuda(tmp_path_factory):
     return cuda_on_cpu.build("sru.cu", tmp_path_factory.mktemp("sru"))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
-def test_the_cuda_source_gives_the_bits_of_the_cpu_side(kind, cuda, monkeypatch):
+def test_the_cuda_source_gives_the_bits_of_the_cpu_side(kind, stored, cuda, monkeypatch):
     if native.library() is None:
         pytest.skip("the CPU library was not built")
     activation, parts, peephole, masked, reverse = kind
-    given = made(5, 3, 19, parts, peephole=peephole, masked=masked)
+    given = stored_as(stored, made(5, 3, 19, parts, peephole=peephole, masked=masked))
     options = {"lengths": torch.tensor([5, 2, 0]), "activation": activation, "reverse": reverse, "scale": 1.3}
     outputs = run(given, **options)
     weights = [torch.randn_like(output) for output in outputs]
     wanted = with_gradients(outputs, given, weights)
     for descending, threads in ((False, 32), (True, 64)):
-        monkeypatch.setattr(sru, "_run", lambda side, u, packed, d=descending, n=threads: cuda.launch(
-            f"trireme_sru_{side}", -(-3 * 19 // n), n, (packed[0],), d))
+        monkeypatch.setattr(sru, "_run", lambda side, u, units, packed, d=descending, n=threads: cuda.launch(
+            f"trireme_sru_{side}{sru.SUFFIX[u.dtype]}", -(-units // n), n, (np.frombuffer(packed, sru.PACKED)[0],), d))
         found = with_gradients(run(given, **options), given, weights)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -104,9 +175,10 @@ def test_gradients_are_those_of_differences(reverse):
     assert torch.autograd.gradcheck(act, leaves(given))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_padding_and_batch_mates_never_change_a_result(reverse):
-    given = made(9, 4, 33)
+def test_padding_and_batch_mates_never_change_a_result(reverse, stored):
+    given = stored_as(stored, made(9, 4, 33))
     lengths = torch.tensor([4, 9, 0, 6])
     outputs = run(given, lengths, reverse=reverse)
     weights = [torch.randn_like(output) for output in outputs]
@@ -200,17 +272,85 @@ def test_compiled_graphs_hold_it_whole_and_give_the_same():
         assert torch.equal(found, expected)
 
 
+def test_compiled_graphs_hold_a_layer_whole():
+    given, weight = made(5, 3, 8), torch.randn(24, 8, requires_grad=True)
+    leaves = [given["x"], weight, given["bias"], given["c0"]]
+
+    def act(x, weight, bias, c0):
+        return layer(2 * x, weight, bias, c0)[0]
+
+    out = act(*leaves)
+    wanted = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    compiled = torch.compile(act, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(compiled, out)
+    assert all(map(torch.equal, torch.autograd.grad(compiled, leaves, torch.ones_like(out)), wanted))
+
+
+def test_the_operators_are_what_torch_expects_of_them():
+    for stored in (torch.float32, torch.bfloat16):
+        given = stored_as(stored, made(5, 3, 8, peephole=True))
+        inputs = [None if t is None else t.detach() for t in (given[name] for name in ("u", "x", "bias", "c0", "v"))]
+        for lengths in (None, torch.tensor([5, 3, 1])):
+            options = ("tanh", False, 1.0)
+            checks = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.trireme.sru_forward, (*inputs, lengths, None, *options), test_utils=checks)
+            h, c = torch.ops.trireme.sru_forward(*inputs, lengths, None, *options)
+            torch.library.opcheck(
+                torch.ops.trireme.sru_backward, (*inputs, lengths, None, c, h, c[-1], *options), test_utils=checks
+            )
+
+
 def test_under_autocast_state_and_gates_are_float32():
     given = made(5, 3, 8)
     weight = torch.randn(24, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         u = torch.nn.functional.linear(given["x"], weight)
-        assert u.dtype == torch.bfloat16
         h, last = run(given | {"u": u})
-    assert h.dtype == last.dtype == torch.float32
-    assert torch.equal(h, run(given | {"u": u.float()})[0])
-    h.sum().backward()
-    assert weight.grad.abs().sum() > 0
+        whole, end = layer(given["x"], weight, given["bias"], given["c0"])
+    assert u.dtype == h.dtype == whole.dtype == torch.bfloat16 and last.dtype == end.dtype == torch.float32
+    rounded = given["x"].to(torch.bfloat16).float()
+    wanted, wanted_last = run(given | {"u": u.float(), "x": rounded})
+    assert torch.equal(h, wanted.to(torch.bfloat16)) and torch.equal(last, wanted_last)
+    assert torch.equal(whole, h) and torch.equal(end, last)
+    whole.float().square().sum().backward()
+    assert weight.grad.dtype == given["x"].grad.dtype == torch.float32
+    found = (weight.grad, given["x"].grad)
+    parts = torch.nn.functional.linear(given["x"], weight)
+    near = torch.autograd.grad(run(given | {"u": parts})[0].square().sum(), [weight, given["x"]])
+    for a, b in zip(found, near, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("width, inputs, apart", [(12, 12, False), (12, 12, True), (12, 7, False), (12, 7, True)])
+def test_a_layer_is_its_product_and_its_recurrence(width, inputs, apart):
+    torch.manual_seed(1)
+    weight = torch.randn((3 if width == inputs else 4) * width, inputs, requires_grad=True)
+    x = torch.randn(6, 2, inputs, requires_grad=True)
+    other = made(6, 2, width)
+    given = (x * (torch.rand_like(x) > 0.3)) if apart else None
+    u = torch.nn.functional.linear(x if given is None else given, weight)
+    highway = x if width == inputs else None
+    leaves = [x, weight, other["bias"], other["c0"]]
+    lengths = torch.tensor([6, 4])
+    wanted = recurrence(u, highway, other["bias"], other["c0"], lengths=lengths)
+    found = layer(x, weight, other["bias"], other["c0"], given_TBI=given, lengths=lengths)
+    weights = [torch.randn_like(output) for output in wanted]
+    wanted = [*wanted, *torch.autograd.grad(wanted, leaves, weights, retain_graph=True)]
+    found = [*found, *torch.autograd.grad(found, leaves, weights)]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6)
+
+
+def test_products_by_either_library():
+    torch.manual_seed(1)
+    for rows, inner, columns in ((3, 5, 7), (300, 200, 400), (900, 128, 800), (1500, 40, 1500)):
+        a, b, plus = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+        for left, right in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
+            for more in (None, plus):
+                wanted = left.double() @ right.double().t() + (0 if more is None else more.double())
+                kept = None if more is None else more.clone()
+                torch.testing.assert_close(product(left, right, more).double(), wanted, rtol=1e-5, atol=1e-4)
+                assert more is None or torch.equal(more, kept)
 
 
 def test_what_does_not_fit_is_refused():

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // floats that are summed at a time: operands and results stay in the first cache
 constexpr int kDepth = 40;        // no tree of 2^31 splits is deeper
+constexpr int kYields = 200;      // looks with the core lent to others in between, before a waiting rank goes to sleep
 
 FOR_EVERY_PROCESSOR void add(const float* left, const float* right, float* out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = left[i] + right[i];
@@ -110,13 +111,14 @@ void trireme_post(uint32_t* flag, uint32_t value) {
 #endif
 }
 
-// spins: so many looks before it sleeps; where negative, the core is lent to others between two looks.
+// spins: so many looks before the core is lent to others between two looks, and then slept; -1: lent at once; 0: one
+// look, then slept. Two ranks that sleep can keep each other slow for long, by waking each other.
 int32_t trireme_wait(uint32_t* flag, uint32_t value, int32_t spins, int64_t patience_ns) {
     for (int32_t i = 0; i < spins; ++i) {
         if (reached(flag, value)) return 1;
         pause_();
     }
-    for (int32_t i = 0; i > spins; --i) {
+    for (int i = 0; spins && i < kYields; ++i) {
         if (reached(flag, value)) return 1;
         sched_yield();
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_sru
 import torch
 from test_kernels import CONSTANTS, SIZES, after, made
 
@@ -38,3 +39,22 @@ def test_a_gradient_that_is_not_finite_is_told():
     assert update_("sgd", weights, grad, [], CONSTANTS)
     grad[777] = float("nan")
     assert not update_("sgd", weights, grad, [], CONSTANTS)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", test_sru.KINDS, ids=lambda kind: "-".join(map(str, kind)))
+def test_sru_gives_the_bits_of_the_cpu_side(kind, stored):
+    activation, parts, peephole, masked, reverse = kind
+    given = test_sru.stored_as(stored, test_sru.made(9, 5, 67, parts, peephole=peephole, masked=masked))
+    there = {name: None if t is None else t.detach().cuda().requires_grad_() for name, t in given.items()}
+    lengths = torch.tensor([9, 4, 0, 1, 8])
+    options = {"activation": activation, "reverse": reverse, "scale": 1.3}
+    outputs, others = test_sru.run(given, lengths, **options), test_sru.run(there, lengths.cuda(), **options)
+    weights = [torch.randn_like(output) for output in outputs]
+    wanted = test_sru.with_gradients(outputs, given, weights)
+    found = test_sru.with_gradients(others, there, [weight.cuda() for weight in weights])
+    for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if a.dim() > 1:
+            assert torch.equal(a.cpu(), b), number
+        else:  # of bias and v: sums over sequences, by torch
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
