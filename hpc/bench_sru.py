@@ -23,6 +23,7 @@ import torch
 
 from hpc.bench import in_turns, quotient, say, spread
 from hpc.quantities import counted
+from hpc.runtime import keep_freed_memory
 from kernels.product import product as multiplied
 from models.layers.recurrent import SRU
 
@@ -61,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             arguments.d, arguments.length, arguments.batch, arguments.threads, arguments.precision
         )
     ]  # fmt: skip
+    keep_freed_memory()  # as in training
     for number, size in enumerate(sizes):
         say(f"{number + 1} of {len(sizes)}: {size}")
         torch.set_num_threads(size.threads)

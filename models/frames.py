@@ -22,6 +22,7 @@ from annotated_types import Ge, Gt, Lt
 from torch.nn import functional
 
 from models.layers.acoustic import DNN, AcousticRNN, within
+from models.layers.recurrent import FORGET_BIAS
 from models.task import Carry, Loss, Piece, Sums, Task
 
 # What a network may have; the first is what it has if nothing is said.
@@ -56,6 +57,7 @@ class Frames(Task):
     activation     "sigmoid" (the default) or "relu"; of SRU "tanh" (the default), "relu" or "identity"
     dropout        standard dropout after each hidden layer; in SRU, of g(c)
     variational    recurrent layers: dropout of what goes into their matrix products, the same at all steps
+    forget_bias    recurrent layers: of the gates that keep the state, at the start (not under "uniform" and "normal")
     init           "glorot": uniform of half-range sqrt(6 / (in + out)); "he": normal of deviation sqrt(2 / in);
                    "uniform" and "normal": half-range or deviation `init_range`. Biases start at 0. The first
                    two leave recurrent layers the initialisation that they have themselves.
@@ -79,6 +81,7 @@ class Frames(Task):
         activation: Literal["", "sigmoid", "relu", "tanh", "identity"] = "",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         variational: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        forget_bias: float = FORGET_BIAS,
         init: Literal["glorot", "he", "uniform", "normal"] = "glorot",
         init_range: Annotated[float, Gt(0)] = 0.05,
     ):
@@ -92,7 +95,8 @@ class Frames(Task):
             raise ValueError("task.bidirectional and task.variational are for recurrent networks; set task.network")
         if network != "dnn" and not layers:
             raise ValueError(f"task.layers = 0: task.network = '{network}' needs at least one")
-        self.network, self.bidirectional, self.variational = network, bidirectional, variational
+        self.network, self.bidirectional = network, bidirectional
+        self.variational, self.forget_bias = variational, forget_bias
         self.unit = "row" if network == "dnn" else "sequence"
         self.margin = context
         self.layers, self.width, self.activation, self.dropout = layers, width, activation or known[0], dropout
@@ -110,10 +114,11 @@ class Frames(Task):
             return DNN(
                 self.mean, self.deviation, window, self.layers, self.width, self.classes, self.activation, self.dropout
             )
-        options = {"activation": self.activation} if self.activation else {}
+        options: dict[str, Any] = {"activation": self.activation} if self.activation else {}
         return AcousticRNN(
             self.mean, self.deviation, self.network, window, self.layers, self.width, self.classes,
-            bidirectional=self.bidirectional, dropout=self.dropout, variational=self.variational, **options,
+            bidirectional=self.bidirectional, dropout=self.dropout, variational=self.variational,
+            forget_bias=self.forget_bias, **options,
         )
 
     def initialise(self, model: torch.nn.Module, generator: torch.Generator) -> None:

@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch.nn import functional
 
-from models.layers.recurrent import SRU, Kind, Recurrent, State
+from models.layers.recurrent import FORGET_BIAS, SRU, Kind, Recurrent, State
 from models.task import Carry, Loss, Piece, Sums, Task
 
 Rate = Annotated[float, Ge(0), Lt(1)]
@@ -81,6 +81,7 @@ class LanguageModel(Task):
     dropout_output     before the output layer
     dropout            standard dropout in the layers
     variational        variational dropout in the layers: one mask for all steps of a batch
+    forget_bias        of the gates that keep the state, at the start
     activation         SRU's g
     highway            SRU's W_h: "fit": where widths differ; "always": in every layer (appendix A.1)
     highway_bias       SRU's b_r at the start; below 0, a layer begins by passing on what it is given
@@ -105,6 +106,7 @@ class LanguageModel(Task):
         dropout_output: Rate = 0.0,
         dropout: Rate = 0.0,
         variational: Rate = 0.0,
+        forget_bias: float = FORGET_BIAS,
         activation: Literal["tanh", "relu", "identity"] = "tanh",
         highway: Literal["fit", "always"] = "fit",
         highway_bias: float = 0.0,
@@ -114,7 +116,7 @@ class LanguageModel(Task):
         self.steps, self.tied, self.init_range, self.highway_bias = steps, tied, init_range, highway_bias
         self.embedding = embedding or width
         self.shape: tuple[Kind, int, int] = (kind, width, layers)
-        self.options: dict[str, Any] = {"variational": variational, "dropout": dropout}
+        self.options: dict[str, Any] = {"variational": variational, "dropout": dropout, "forget_bias": forget_bias}
         if kind in ("sru", "sru-later"):
             self.options |= {"activation": activation, "highway": highway}
         elif (activation, highway, highway_bias) != ("tanh", "fit", 0.0):

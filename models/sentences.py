@@ -16,7 +16,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch.nn import functional
 
-from models.layers.recurrent import Recurrent
+from models.layers.recurrent import FORGET_BIAS, Recurrent
 from models.layers.wide_cnn import WideCNN
 from models.task import Carry, Loss, Piece, Sums, Task
 from models.word_vectors import read_vectors
@@ -78,6 +78,7 @@ class Sentences(Task):
     dropout        the one probability that is tuned. Recurrent encoders: variational dropout (one mask for all words)
                    of what goes into every layer's products, the first layer's word vectors too, and standard dropout
                    before the output. The CNN: before the output alone, as in Kim (2014)
+    forget_bias    recurrent encoders: of the gates that keep the state, at the start
     activation     SRU's g: "tanh", "relu" or "identity"
     highway        SRU's W_h: "fit", only where sizes differ, or "always"
 
@@ -101,6 +102,7 @@ class Sentences(Task):
         vectors: str = "",
         fixed_vectors: bool = True,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
+        forget_bias: float = FORGET_BIAS,
         activation: Literal["tanh", "relu", "identity"] = "tanh",
         highway: Literal["fit", "always"] = "fit",
     ):
@@ -109,9 +111,9 @@ class Sentences(Task):
         self.classes: int = data["labels"]["classes"]
         if self.classes < 2:
             raise ValueError(f"the data set has {self.classes} class, nothing to tell apart; prepare at least two")
-        self.options: dict[str, Any] = {}
+        self.options: dict[str, Any] = {"forget_bias": forget_bias}
         if encoder.startswith("sru"):
-            self.options = {"activation": activation, "highway": highway}
+            self.options |= {"activation": activation, "highway": highway}
         elif (activation, highway) != ("tanh", "fit"):
             raise ValueError(f"task.activation and task.highway are SRU's; encoder = '{encoder}' has none")
         if encoder == "cnn" and bidirectional:

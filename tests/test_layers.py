@@ -158,3 +158,21 @@ def test_variational_masks_are_the_same_for_all_steps_and_standard_ones_are_not(
 def test_an_option_that_is_not_for_a_cell_is_an_error():
     with pytest.raises(TypeError, match="activation"):
         made("lstm", activation="relu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bias_of_the_gate_that_keeps_the_state_is_set(kind):
+    """With a large bias the state is kept: what it was before the first step is still in it after the last."""
+    stack = Recurrent(kind, 6, 6, 1, forget_bias=40.0)
+    for name, parameter in stack.named_parameters():
+        if "weight_hh" in name:  # only the gate is looked at
+            torch.nn.init.zeros_(parameter)
+    widths = stack.layers[0][0].states
+    x, held = torch.randn(9, 2, 6), 1 if kind == "lstm" else 0
+    after = [stack(x, None, tuple(torch.full((2, w), value) for w in widths))[1][held] for value in (0.0, 1.0)]
+    if kind == "qrnn":  # its state also holds the input before the first
+        after[1] = stack(x, None, (torch.ones(2, widths[0]), torch.zeros(2, widths[1])))[1][held]
+    torch.testing.assert_close(after[1] - after[0], torch.ones(2, 6))
+    forgetful = Recurrent(kind, 6, 6, 1, forget_bias=-40.0)
+    ends = [forgetful(x, None, tuple(torch.full((2, w), value) for w in widths))[1][held] for value in (0.0, 1.0)]
+    assert (ends[1] - ends[0]).abs().max() < 0.5

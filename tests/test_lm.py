@@ -188,11 +188,11 @@ def test_every_dropout_drops_in_training_alone_and_by_the_global_seed(data, opti
 
 
 def test_initial_weights_have_their_spread_and_their_seed(data):
-    task, model, _ = make(data, width=300, highway_bias=-3.0)
+    task, model, _ = make(data, width=300, highway_bias=-3.0, forget_bias=2.0)
     assert float(model.embedding.detach().std()) == pytest.approx(1 / math.sqrt(300), rel=0.03)
     cell = model.recurrent.layers[1][0]
-    assert cell.bias.tolist() == [0.0] * 300 + [-3.0] * 300
-    _, again, _ = make(data, width=300, highway_bias=-3.0)
+    assert cell.bias.tolist() == [2.0] * 300 + [-3.0] * 300
+    _, again, _ = make(data, width=300, highway_bias=-3.0, forget_bias=2.0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     task.initialise(again, torch.Generator().manual_seed(1))
     assert not torch.equal(model.embedding, again.embedding)

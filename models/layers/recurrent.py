@@ -26,6 +26,7 @@ from kernels import sru
 State = tuple[torch.Tensor, ...]
 Kind = Literal["sru", "sru-later", "lstm", "gru", "qrnn"]
 GRAMS = 2  # inputs that a QRNN's convolution sees at a step
+FORGET_BIAS = 1.0  # of gates that keep the state, at the start; no paper of SRU's says, and at 0 it forgets too fast
 
 
 class Cell(Protocol):
@@ -54,6 +55,13 @@ def _uniform(weight: torch.Tensor, half_range: float, generator: torch.Generator
         weight.uniform_(-half_range, half_range, generator=generator)
 
 
+def _set_forget(bias: torch.Tensor, low: int, high: int, value: float) -> None:
+    """All of a bias 0, but a gate's part [low, high)."""
+    with torch.no_grad():
+        bias.zero_()
+        bias[low:high] = value
+
+
 class SRU(torch.nn.Module):
     """Paper 001, equations (3) to (7), the three (or four) products as one: equation (8).
 
@@ -62,6 +70,7 @@ class SRU(torch.nn.Module):
     highway        "fit": W_h x only where I and D differ; "always": everywhere (appendix A.1)
     later          the later SRU (Lei et al. 2018, a departure): c_{t-1} in the gates, and the highway's input times
                    sqrt(1 + 2 exp(b_r)) at the start
+    forget_bias    b_f at the start
     variational    of what goes into the products
     dropout        of g(c)
     reverse        from the last step to the first
@@ -69,7 +78,7 @@ class SRU(torch.nn.Module):
 
     def __init__(
         self, inputs: int, width: int, *, activation: str = "tanh", highway: str = "fit", later: bool = False,
-        variational: float = 0.0, dropout: float = 0.0, reverse: bool = False,
+        forget_bias: float = FORGET_BIAS, variational: float = 0.0, dropout: float = 0.0, reverse: bool = False,
     ):
         super().__init__()
         self.states: tuple[int, ...] = (width,)
@@ -78,14 +87,14 @@ class SRU(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(2 * width))
         self.v = torch.nn.Parameter(torch.empty(2 * width)) if later else None
         self.activation, self.reverse = activation, reverse
-        self.variational, self.dropout = variational, dropout
+        self.forget_bias, self.variational, self.dropout = forget_bias, variational, dropout
         self.scale = math.sqrt(3.0) if later else 1.0  # with b_r = 0
         self.initialise(torch.Generator())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Uniform weights of deviation 1 / sqrt(I), biases 0."""
+        """Uniform weights of deviation 1 / sqrt(I), biases 0 but b_f."""
         _uniform(self.weight, math.sqrt(3.0 / self.weight.shape[1]), generator)
-        torch.nn.init.zeros_(self.bias)
+        _set_forget(self.bias, 0, self.states[0], self.forget_bias)
         if self.v is not None:
             _uniform(self.v, math.sqrt(3.0 / len(self.v)), generator)
 
@@ -106,23 +115,25 @@ class QRNN(torch.nn.Module):
     """A convolution over the last two inputs, and pooling with a forget and an output gate (Bradbury et al. 2017).
 
     z = tanh(W_z * x), f = sigmoid(W_f * x), o = sigmoid(W_o * x); c_t = f c_{t-1} + (1 - f) z; h_t = o c_t. The state
-    also holds the input before the first.
+    also holds the input before the first. `forget_bias` is f's at the start.
     """
 
     def __init__(
-        self, inputs: int, width: int, *, variational: float = 0.0, dropout: float = 0.0, reverse: bool = False
+        self, inputs: int, width: int, *, forget_bias: float = FORGET_BIAS, variational: float = 0.0,
+        dropout: float = 0.0, reverse: bool = False,
     ):
         super().__init__()
         self.states: tuple[int, ...] = (width, (GRAMS - 1) * inputs)
         self.weight = torch.nn.Parameter(torch.empty(3 * width, GRAMS * inputs))
         self.bias = torch.nn.Parameter(torch.zeros(3 * width))
+        self.forget_bias = forget_bias
         self.variational, self.dropout, self.reverse = variational, dropout, reverse
         self.initialise(torch.Generator())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Uniform weights of deviation 1 / sqrt(inputs of the convolution), biases 0."""
+        """Uniform weights of deviation 1 / sqrt(inputs of the convolution), biases 0 but f's."""
         _uniform(self.weight, math.sqrt(3.0 / self.weight.shape[1]), generator)
-        torch.nn.init.zeros_(self.bias)
+        _set_forget(self.bias, self.states[0], 2 * self.states[0], self.forget_bias)
 
     def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
@@ -145,31 +156,30 @@ class QRNN(torch.nn.Module):
 class Torch(torch.nn.Module):
     """torch's own LSTM or GRU, one layer.
 
-    kind  "lstm" (two state tensors: h and c) or "gru"
+    kind         "lstm" (two state tensors: h and c) or "gru"
+    forget_bias  of the LSTM's forget gate, or of the GRU's gate that keeps the state, at the start
     """
 
     def __init__(
-        self, kind: str, inputs: int, width: int, *, variational: float = 0.0, dropout: float = 0.0,
-        reverse: bool = False,
+        self, kind: str, inputs: int, width: int, *, forget_bias: float = FORGET_BIAS, variational: float = 0.0,
+        dropout: float = 0.0, reverse: bool = False,
     ):
         super().__init__()
         self.states: tuple[int, ...] = (width, width) if kind == "lstm" else (width,)
         made: dict[str, Callable[[int, int], torch.nn.RNNBase]] = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
         self.cell = made[kind](inputs, width)
+        self.forget_bias = forget_bias
         self.variational, self.dropout, self.reverse = variational, dropout, reverse
         self.initialise(torch.Generator())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Uniform weights of half-range 1 / sqrt(D), as torch's; biases 0, but 1 for an LSTM's forget gate."""
+        """Uniform weights of half-range 1 / sqrt(D), as torch's; biases 0 but the forget gate's."""
         width = self.states[0]
         for name, parameter in self.cell.named_parameters():
             if name.startswith("weight"):
                 _uniform(parameter, 1.0 / math.sqrt(width), generator)
                 continue
-            torch.nn.init.zeros_(parameter)
-            if name.startswith("bias_ih") and len(self.states) == 2:
-                with torch.no_grad():
-                    parameter[width : 2 * width] = 1.0
+            _set_forget(parameter, width, 2 * width, self.forget_bias if name.startswith("bias_ih") else 0.0)
 
     def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
@@ -221,7 +231,7 @@ class Recurrent(torch.nn.Module):
     inputs, width  I and D; of both directions each
     layers         N
     bidirectional  whether every layer also runs from the last step to the first; its outputs stand beside the others
-    options        of every cell: `variational` and `dropout`; SRU's `activation` and `highway`
+    options        of every cell: `forget_bias`, `variational` and `dropout`; SRU's `activation` and `highway`
 
     `outputs` is how wide the outputs are.
     """
