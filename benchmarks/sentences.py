@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "table1", help="where data and runs are kept")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     arguments.folds = arguments.folds or arguments.of
     arguments.vectors = str(Path(arguments.vectors).resolve()) if arguments.vectors else ""
     sets = dict(word.split("=", 1) for word in arguments.sets.split(","))

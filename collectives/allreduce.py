@@ -55,7 +55,7 @@ class AllReduce(Strategy):
         comm: Comm,
         flat: Weights,
         rule: Rule,
-        batch: int,
+        batch: float,
         *,
         clip_norm: Annotated[float, Ge(0)] = 0.0,
         algorithm: Literal["auto", "fastest", "owners", "everyone", "ring", "nccl"] = "auto",
@@ -191,7 +191,9 @@ class AllReduce(Strategy):
         at = self.places[low]
         mine = slice(at, at + len(total))
         slots = {name: slot[mine] for name, slot in self.slots.items()}
-        if not self.update(self.flat.weights[low : low + len(total)], total, slots, low, self.scale):
+        if not self.rule(
+            self.flat.weights[low : low + len(total)], total, slots, self.rate, self.updates, self.scale
+        ):
             self._fail(total, low)
 
     def _clipped(self) -> float:

@@ -38,7 +38,6 @@ class Weights(Protocol):
     def bind_grads(self, grads: torch.Tensor) -> None: ...
     def on_grad(self, told: Callable[[int], None]) -> None: ...
     def within(self, low: int, high: int) -> range: ...
-    def frozen(self, low: int, high: int) -> list[slice]: ...
     def name_at(self, index: int) -> str: ...
 
 
@@ -88,15 +87,15 @@ class Strategy:
     comm    the ranks and the splits they hold
     flat    the model's flat weights and gradients
     rule    the update rule, called on slices
-    batch   frames of a full step over all splits: what gradient sums are divided by, so that every frame weighs the
-            same, those of an epoch's last and smaller step too
+    batch   what the loss counts in a whole step over all splits (frames, words), on average: what gradient sums are
+            divided by, so that every frame weighs the same, those of an epoch's last and smaller step too
     """
 
     rate: Rate
     shares_weights = False  # whether the ranks of an island may all compute on one buffer of weights (`Comm.common`)
     operational: tuple[str, ...] = ()  # options that do not change what is learned
 
-    def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: int):
+    def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: float):
         self.comm, self.flat, self.rule, self.batch = comm, flat, rule, batch
         self.evaluate: Callable[[], dict[str, float]] | None = None  # for strategies that judge models; set by build.py
         # Told of every part of an exchange, from any thread: its name ("bucket 3 reduce"), begin and end in
@@ -141,23 +140,6 @@ class Strategy:
     def advance(self, n: int) -> None:
         """Exchange what the turn learned; owners update their slices (collective)."""
         raise NotImplementedError
-
-    def update(
-        self, weights: torch.Tensor, grad: torch.Tensor, slots: dict[str, torch.Tensor], low: int, scale: float
-    ) -> bool:
-        """The update rule on floats [low, low + S) of the flat buffer; frozen parameters stay, whatever decays.
-
-        weights  [S], changed in place
-        grad     [S], which counts `scale` times
-        slots    name -> [S], changed in place
-
-        Returns whether all of the gradient was finite; if not, nothing that was written is of use.
-        """
-        kept = [(part, weights[part].clone()) for part in self.flat.frozen(low, low + len(weights))]
-        finite = self.rule(weights, grad, slots, self.rate, self.updates, scale)
-        for part, values in kept:
-            weights[part] = values
-        return finite
 
     def end(self) -> None:
         """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""

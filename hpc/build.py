@@ -20,13 +20,14 @@ from hpc import optim
 from hpc.batches import Batches, make_order
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
 from hpc.config import Recipe, RecipeError, options, read_toml, resolve
-from hpc.evaluate import batches_of, evaluate, pieces_of
+from hpc.evaluate import batches_of, count_of, evaluate, pieces_of
+from hpc.everywhere import made_everywhere
 from hpc.flat import Flat
 from hpc.meter import Journal, Meter, RunJournal, Silence
 from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
 from hpc.runtime import Device, StopFlag, Watchdog
 from hpc.schedule import POLICIES, Replay, Schedule
-from hpc.shards import REMEDY, Dataset, read_manifest, sha256_of
+from hpc.shards import REMEDY, DataError, Dataset, read_manifest, sha256_of
 from hpc.spans import Spans
 from hpc.staging import stage
 from hpc.train import Job
@@ -63,8 +64,11 @@ class Registered(dict[str, Any]):
 
 
 def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
-    """The recipe's task for data of these field descriptions."""
-    return registry()["task"][recipe.task.name](fields, **options(recipe.task))
+    """The recipe's task for data of these field descriptions. Raises ValueError for options that do not go together."""
+    task: Task = registry()["task"][recipe.task.name](fields, **options(recipe.task))
+    if task.targets and task.unit != "sequence":
+        raise ValueError(f"task '{recipe.task.name}' has targets, {task.targets}, so its unit must be \"sequence\"")
+    return task
 
 
 def make_model(task: Task, device: Device, seed: int | None = None) -> torch.nn.Module:
@@ -130,7 +134,7 @@ def make_job(
     asked = getattr(recipe.strategy, "algorithm", "")
     comm = comm.with_splits(recipe.splits).on(device.torch, nccl=asked == "nccl")
     fields = comm.on_root(lambda: _checked_fields(recipe))
-    task = make_task(recipe, fields)
+    task = made_everywhere(comm, lambda: make_task(recipe, fields))
     kind: Any = registry()["strategy"][recipe.strategy.name]
     operational = [f"strategy.{option}" for option in kind.operational]
     if comm.on_root(lambda: run.open(recipe, fields, operational)):
@@ -140,14 +144,15 @@ def make_job(
         train_set, *rest = open_data(recipe, comm, task)
     fresh = comm.on_root(lambda: not any(run.checkpoints.glob("step-*")) and not recipe.init_from)
     made: list[torch.nn.Module] = []
-    comm.each(lambda: made.append(make_model(task, device, recipe.seed if fresh else None)))
+    with watchdog.resting():  # there may be word vectors to read
+        comm.each(lambda: made.append(make_model(task, device, recipe.seed if fresh else None)))
     (model,) = made
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
-    order = make_order(
+    order = made_everywhere(comm, lambda: make_order(
         train_set, task, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
         seed=recipe.seed,
-    )
+    ))
     shared = kind.shares_weights and device.torch.type == "cpu"
     flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
@@ -182,7 +187,7 @@ def make_job(
     job = Job(
         comm, device, task, model, batches, strategy, schedule, saver, meter, stop,
         validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, order.counted),
-        rest[0].rows if rest else 0,
+        count_of(task, rest[0]) if rest else 0,
     )
     if rest:
         comm.on_root(lambda: _check_metric(job, rest[0]))
@@ -193,7 +198,10 @@ def make_job(
 
 def _check_metric(job: Job, dataset: Dataset) -> None:
     """Raise RecipeError now, not after an epoch, if the task has no metric of the name that is to be judged."""
-    batch = next(batches_of(job.task, dataset, pieces_of(job.task, dataset)[0], job.device.place))
+    pieces = pieces_of(job.task, dataset)
+    if not pieces:
+        raise DataError(f"validation set '{dataset.folder}' has nothing to evaluate; give another data.validation")
+    batch = next(batches_of(job.task, dataset, pieces[0], job.device.place))
     with torch.no_grad(), job.device.autocast():
         sums, _ = job.task.metrics(job.model, batch, None)
     known = {name: total / count for name, (total, count) in sums.items()}

@@ -34,7 +34,6 @@ from hpc.shards import sha256_of, write_json
 from models.task import Carry
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
-CARRY = "carry."  # and a number: a tensor that a split's next batch starts from
 PART_PATIENCE_S = 600.0  # how long rank 0 waits for the other ranks' parts of one checkpoint
 
 
@@ -88,17 +87,19 @@ class Checkpoint:
 
     def split(self, split: int) -> dict[str, torch.Tensor]:
         """What was kept for a split: name -> tensor."""
-        part = next(p for p in self.manifest["parts"] if split in p["splits"])
-        prefix = f"split.{split}."
-        with safe_open(self.folder / part["file"], "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        return self._of_split("split", split)
 
     def carry(self, split: int, place: Callable[[torch.Tensor], torch.Tensor]) -> Carry:
         """What a split's next batch starts from, moved to where it is trained on."""
-        held = self.split(split)
-        names = [f"{CARRY}{i}" for i in range(sum(name.startswith(CARRY) for name in held))]
-        return tuple(place(held[name]) for name in names) or None
+        held = self._of_split("carry", split)
+        return tuple(place(held[str(i)]) for i in range(len(held))) or None
+
+    def _of_split(self, kind: str, split: int) -> dict[str, torch.Tensor]:
+        part = next(p for p in self.manifest["parts"] if split in p["splits"])
+        prefix = f"{kind}.{split}."
+        with safe_open(self.folder / part["file"], "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -122,12 +123,11 @@ def check(folder: Path) -> None:
 
 
 def load_model(path: Path, flat: Flat, weights: torch.Tensor) -> None:
-    """Read parameters by name into the flat buffer [P], and the model's buffers into the model, in place.
+    """Read parameters by name into the flat buffer [P], and the model's frozen ones and buffers, in place.
 
     Raises CheckpointError if names or shapes differ.
     """
-    buffers = dict(flat.model.named_buffers())
-    targets = dict(zip(flat.names, flat.views(weights), strict=True)) | buffers
+    targets = dict(zip(flat.names, flat.views(weights), strict=True)) | flat.fixed
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
@@ -150,7 +150,7 @@ def load_model(path: Path, flat: Flat, weights: torch.Tensor) -> None:
 
 def model_tensors(flat: Flat) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers by name, copied to host memory."""
-    named = dict(zip(flat.names, flat.views(flat.weights), strict=True)) | dict(flat.model.named_buffers())
+    named = dict(zip(flat.names, flat.views(flat.weights), strict=True)) | flat.fixed
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
 
 
@@ -193,8 +193,7 @@ class Saver:
         for split, held in state.splits.items():
             tensors |= {f"split.{split}.{k}": v.detach().to("cpu", copy=True) for k, v in held.items()}
         for split, carry in carries.items():
-            named = {f"split.{split}.{CARRY}{i}": v for i, v in enumerate(carry or ())}
-            tensors |= {name: v.to("cpu", copy=True).contiguous() for name, v in named.items()}
+            tensors |= {f"carry.{split}.{i}": v.to("cpu", copy=True).contiguous() for i, v in enumerate(carry or ())}
         part = {
             "file": f"rank-{self.comm.rank:05d}.safetensors", "pieces": state.pieces, "splits": list(self.comm.splits),
         }

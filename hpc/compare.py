@@ -134,7 +134,7 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
             told = [metric(name, (row[which] or {}).get(name)) for row in runs]
             results.add_row(f"{which} {spoken(name)}", *told)
     results.add_row("epochs", *(f"{row['epochs']:.4g}" for row in runs))
-    noun = runs[0]["noun"]
+    noun = " or ".join(dict.fromkeys(row["noun"] for row in runs))
     results.add_row(noun, *(amount(row["frames"]) for row in runs))
     results.add_row("wall clock", *(duration(row["seconds"]) for row in runs))
     results.add_row(f"{noun}/s in training", *(amount(row["frames_per_s"]) for row in runs))

@@ -41,7 +41,7 @@ def draw(runs: Mapping[str, RunHistory]) -> bytes:
 
 
 def _curves(axes: Axes, runs: Mapping[str, RunHistory], event: str, name: str, title: str) -> None:
-    dress(axes, LIGHT, title, next(iter(runs.values())).noun)
+    dress(axes, LIGHT, title, " or ".join(dict.fromkeys(run.noun for run in runs.values())))
     everything: list[float] = []
     for index, (label, run) in enumerate(runs.items()):
         records = run.of(event)

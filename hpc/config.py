@@ -49,14 +49,16 @@ class Data(Section):
 class Validate(Section):
     """When rank 0 judges."""
 
-    every: int = Field(default=0, ge=0, description="training frames between validations; 0: once an epoch")
+    every: int = Field(default=0, ge=0, description="what the loss counts, between validations; 0: once an epoch")
     metric: str = Field(default="loss", description="the metric that is judged; smaller is better")
 
 
 class Checkpoint(Section):
     """What is kept to resume from."""
 
-    every: int = Field(default=0, ge=0, description="training frames between checkpoints, beside validations; 0: none")
+    every: int = Field(
+        default=0, ge=0, description="what the loss counts, between checkpoints beside validations; 0: none"
+    )
     keep: int = Field(default=2, ge=1, description="how many of the last checkpoints to keep, beside the best one")
 
 

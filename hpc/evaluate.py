@@ -21,7 +21,7 @@ from models.task import Carry, Piece, Sums, Task
 
 PIECE_ROWS = 4096
 BATCH_ROWS = 2048
-STRETCH, STRETCHES = 2048, 16  # rows of running text; stretches of a piece
+STRETCH, STRETCHES = 2048, 4  # rows of running text; stretches of a piece, evaluated side by side
 
 
 def evaluate(
@@ -41,6 +41,8 @@ def evaluate(
     mine = []
     with torch.no_grad():
         pieces = pieces_of(task, dataset)
+        if not pieces:
+            raise everywhere(DataError(f"data set '{dataset.folder}' has nothing to evaluate"))
         for index in comm.mine(len(pieces)):
             sums: list[Sums] = []
             carry: Carry = None
@@ -48,8 +50,8 @@ def evaluate(
                 with autocast():
                     found, carry = task.metrics(model, batch, carry)
                 sums.append(found)
+                beat()
             mine.append([index, _add(sums)])
-            beat()
     model.train(training)
     everyone = sorted(entry for rank in comm.gather(mine) for entry in rank)
     total = _add([sums for _, sums in everyone])
@@ -58,6 +60,13 @@ def evaluate(
         raise everywhere(DataError(f"data set '{dataset.folder}' has nothing to evaluate ({empty or 'no items'})"))
     metrics = {name: value / count for name, (value, count) in total.items()}
     return metrics | task.derived(metrics)
+
+
+def count_of(task: Task, dataset: Dataset) -> int:
+    """What the task's metrics count in a data set: frames, sentences, words."""
+    if task.unit == "stream":
+        return dataset.rows - 1
+    return dataset.rows if task.unit == "row" or task.per_row else dataset.utterances
 
 
 Runs = list[tuple[int, int]]  # row ranges [low, high)

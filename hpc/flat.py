@@ -1,8 +1,8 @@
 """A model's parameters and gradients as two contiguous buffers.
 
-Legend: P floats of all parameters, padded: every parameter starts at a multiple of ALIGN floats, and P is a multiple of
-CHUNK, as the ends of the pieces are that ranks own (`collectives/layout.py`), so that vectorised kernels meet the same
-elements in the same lanes for any number of ranks.
+Legend: P floats of all parameters that learn, padded: every parameter starts at a multiple of ALIGN floats, and P is a
+multiple of CHUNK, as the ends of the pieces are that ranks own (`collectives/layout.py`), so that vectorised kernels
+meet the same elements in the same lanes for any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ CHUNK = 1024
 class Flat:
     """Moves a model's parameters into one buffer [P]; the model goes on using them as views.
 
-    model    parameters must be float32 and on one device; tied parameters are kept once
+    model    parameters must be float32 and on one device; tied parameters are kept once, frozen ones (that take no
+             gradient now) stay where they are, every rank's own
     storage  asked for a zeroed buffer of a given number of floats: the Comm decides where buffers live
 
-    Raises ValueError for a model without parameters or of another dtype.
+    Raises ValueError for a model without parameters that learn, or of another dtype.
     """
 
     def __init__(self, model: torch.nn.Module, storage: Callable[[int], torch.Tensor]):
         self.model = model
         named = list(model.named_parameters())
         wrong = [f"{n} ({p.dtype})" for n, p in named if p.dtype != torch.float32]
-        if not named or wrong:
+        learning = [(n, p) for n, p in named if p.requires_grad]
+        if not learning or wrong:
             raise ValueError(f"a model needs float32 parameters, this one has {wrong or 'none'}; see 'precision'")
-        self.names = [n for n, _ in named]
-        self.parameters = [p for _, p in named]
+        self.names = [n for n, _ in learning]
+        self.parameters = [p for _, p in learning]
+        self.fixed = {n: p for n, p in named if not p.requires_grad} | dict(model.named_buffers())
         self.offsets, at = [], 0
         for parameter in self.parameters:
             self.offsets.append(at)
@@ -60,22 +63,14 @@ class Flat:
             parameter.grad = view
 
     def on_grad(self, told: Callable[[int], None]) -> None:
-        """From now on backward calls `told` with a parameter's number when its gradient is final (no frozen one's)."""
+        """From now on backward calls `told` with a parameter's number when its gradient is final."""
         for number, parameter in enumerate(self.parameters):
-            if not parameter.requires_grad:
-                continue
             parameter.register_post_accumulate_grad_hook(lambda _, number=number: told(number))
 
     def within(self, low: int, high: int) -> range:
         """The numbers of the parameters that have floats in [low, high)."""
         first = bisect_right(self.offsets, low) - 1
         return range(first, bisect_left(self.offsets, high))
-
-    def frozen(self, low: int, high: int) -> list[slice]:
-        """Where in floats [low, high) parameters lie that take no gradient, counted from `low`."""
-        held = [n for n in self.within(low, high) if not self.parameters[n].requires_grad]
-        ends = [self.offsets[n] + self.parameters[n].numel() for n in held]
-        return [slice(max(0, self.offsets[n] - low), min(high, end) - low) for n, end in zip(held, ends, strict=True)]
 
     def name_at(self, index: int) -> str:
         """The name of the parameter that holds a float of the buffer."""

@@ -150,7 +150,8 @@ def write_result(folder: Path, data: Path) -> dict[str, Any]:
 
     {"run", "data", "folds": [{"fold", "test": {metric: value}, "validation", "epochs", "best_epoch", "epoch_s"}],
     "mean": {...}, "deviation": {...}}: means over folds of every test metric, of "validation_..." and of "epoch_s", and
-    their sample standard deviations (null for one fold). "accuracy" stands beside a metric "error".
+    their sample standard deviations (null for one fold). "accuracy" stands beside a metric "error". Without validation,
+    "best_epoch" is null.
     """
     folds = []
     for path in sorted(folder.glob("fold-*")):
@@ -187,10 +188,10 @@ def _history(run: Path) -> dict[str, Any]:
     records = read_records(run)
     trained = [record for record in records if record["event"] == "train"]
     per_epoch = next(record["steps_per_epoch"] for record in records if record["event"] == "start")
-    best = _shipped(run).get("best_step")
+    best = _shipped(run).get("best_step", -1)  # -1: nothing was validated
     return {
         "epochs": trained[-1]["epoch"] if trained else 0, "epoch_s": seconds_an_epoch(records),
-        "best_epoch": best / per_epoch if best else None,
+        "best_epoch": best / per_epoch if best >= 0 else None,
     }
 
 

@@ -42,7 +42,7 @@ class Order:
     total         items of an epoch
     n_splits      the recipe's splits; must divide `batch`
     batch         items of a step over all splits
-    split_frames  rows of a split's piece at most
+    split_frames  rows of a split's piece, about; one step's at least
 
     share            items of a split's step
     per_epoch        steps
@@ -95,28 +95,31 @@ class Shuffled(Order):
         self.task.check(piece)
         piece.take_(torch.from_numpy(generator(self.seed, SHUFFLE, epoch, block, split).permutation(len(piece))))
         if self._starts is not None:
-            self._group_by_length(piece, generator(self.seed, LENGTHS, epoch, block))
+            whole = self._share_of(block, self.n_splits - 1) // self.share  # batches that every split has
+            self._group_by_length(piece, generator(self.seed, LENGTHS, epoch, block).permutation(whole))
         return piece
 
-    def _group_by_length(self, piece: Piece, random: np.random.Generator) -> None:
-        """Batches of like lengths, in place, in an order drawn from `random`; what fills no batch stays last."""
-        whole = len(piece) // self.share
-        lengths = (piece.last - piece.first)[: whole * self.share]
-        batches = torch.argsort(lengths, stable=True).view(whole, self.share)
-        batches = batches[torch.from_numpy(random.permutation(whole))]
-        piece.take_(torch.cat([batches.flatten(), torch.arange(whole * self.share, len(piece))]))
+    def _group_by_length(self, piece: Piece, order: np.ndarray) -> None:
+        """As many batches of like lengths as `order` has, in place and in this order; the rest stays last."""
+        grouped = len(order) * self.share
+        lengths = (piece.last - piece.first)[:grouped]
+        batches = torch.argsort(lengths, stable=True).view(len(order), self.share)[torch.from_numpy(order)]
+        piece.take_(torch.cat([batches.flatten(), torch.arange(grouped, len(piece))]))
 
     def runs_of(self, split: int, epoch: int, block: int) -> list[tuple[int, int]]:
         """The row ranges of a split's piece."""
         low = block * self.steps_per_block * self.batch
-        items = min(self.total - low, self.steps_per_block * self.batch)
-        whole, rest = divmod(items, self.batch)
-        shares = [whole * self.share + rest // self.n_splits + (s < rest % self.n_splits) for s in range(split + 1)]
-        begin = low + sum(shares[:-1])
-        found = self._stream(epoch, begin, begin + shares[-1])
+        begin = low + sum(self._share_of(block, s) for s in range(split))
+        found = self._stream(epoch, begin, begin + self._share_of(block, split))
         if self._starts is None:
             return found
         return [(int(self._starts[first]), int(self._starts[last])) for first, last in found]
+
+    def _share_of(self, block: int, split: int) -> int:
+        """How many of a block's items a split gets; no split gets fewer than the last."""
+        items = min(self.total - block * self.steps_per_block * self.batch, self.steps_per_block * self.batch)
+        whole, rest = divmod(items, self.batch)
+        return whole * self.share + rest // self.n_splits + (split < rest % self.n_splits)
 
     def _stream(self, epoch: int, low: int, high: int) -> list[tuple[int, int]]:
         """Ranges of items at the epoch's stream positions [low, high)."""

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, comm: Comm) -> int:
     """Write a finished run's outputs for every utterance of a data set (collective)."""
     _, task, model, device = load_run(arguments.run, arguments.device, comm)
-    shift = log_priors(read_data(arguments.run)["fields"]["labels"]) if arguments.priors else None
     comm.on_root(lambda: _check(arguments, task))
+    shift = log_priors(read_data(arguments.run)["fields"]["labels"]) if arguments.priors else None
     dataset = Dataset(arguments.data, task.fields, task.targets)
     out = arguments.out or arguments.run / f"predictions-{arguments.data.name}"
     comm.on_root(lambda: _clear(out, arguments.to))

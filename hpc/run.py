@@ -145,8 +145,8 @@ def compare_fields(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> 
             if mine != its:
                 raise RunError(
                     f"data set '{where}': field '{name}' has another {key} than the training data ({_brief(its)}, not "
-                    f"{_brief(mine)}); prepare it the same way, with --stats-from (of words: --vocabulary-from) the "
-                    "training set"
+                    f"{_brief(mine)}); prepare it the same way, with --stats-from (text and sentences: "
+                    "--vocabulary-from) the training set"
                 )
 
 

@@ -74,8 +74,8 @@ class Newbob(Constant):
     """Halve once the relative improvement is below `start`, stop when it is below `end`; a worse model is undone.
 
     After a validation worse than the best one, training goes back to the best model (weights and optimizer state) and
-    on through the data from where it is, with the learning rate halved. Source: ICSI QuickNet's newbob, with the
-    roll-back of Kaldi's nnet1 scheduler.
+    on through the data from where it is (with the hidden state that is carried on), with the learning rate halved.
+    Source: ICSI QuickNet's newbob, with the roll-back of Kaldi's nnet1 scheduler.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Decay(Constant):
     """The learning rate times `factor` once an epoch, from epoch `after` on. Paper 001, section 3.3: 0.98 after 175."""
 
     def __init__(
-        self, learning_rate: float, *, factor: Ratio = 0.98, after: Annotated[int, Ge(0)] = 0, epochs: Epochs = 10,
+        self, learning_rate: float, *, factor: Ratio = 0.98, after: Annotated[int, Ge(1)] = 1, epochs: Epochs = 10,
         patience: Annotated[int, Ge(0)] = 0,
     ):
         """after: epochs at the full rate."""

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from collectives.comm import Comm
 from hpc.build import load_run
-from hpc.evaluate import evaluate
-from hpc.quantities import counted, is_fraction
+from hpc.evaluate import count_of, evaluate
+from hpc.quantities import is_fraction
 from hpc.run import compare_fields, read_data
 from hpc.shards import Dataset, read_manifest
 from models.task import Task
@@ -48,10 +48,10 @@ def _print_metrics(
     arguments: argparse.Namespace, task: Task, dataset: Dataset, metrics: dict[str, float]
 ) -> None:
     if arguments.json:
-        print(json.dumps({"run": str(arguments.run), "data": str(arguments.data), "frames": dataset.rows, **metrics}))
+        about = {"run": str(arguments.run), "data": str(arguments.data), task.noun: count_of(task, dataset)}
+        print(json.dumps(about | metrics))
         return
-    rows = f", {dataset.rows:,} {task.noun}" if task.per_row or task.unit == "stream" else ""
-    size = counted(dataset.utterances, "utterance") + rows
+    size = f"{count_of(task, dataset):,} {task.noun}"
     table = Table(title=f"{arguments.run} on {arguments.data}: {size}")
     table.add_column("metric")
     table.add_column("value", justify="right")

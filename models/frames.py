@@ -91,8 +91,10 @@ class Frames(Task):
                 f"task.activation = '{activation}' is none that task.network = '{network}' has; "
                 f"{'choose one of ' + ', '.join(known) if known[0] else 'leave it out'}"
             )
-        if network == "dnn" and (bidirectional or variational):
-            raise ValueError("task.bidirectional and task.variational are for recurrent networks; set task.network")
+        if network == "dnn" and (bidirectional or variational or forget_bias != FORGET_BIAS):
+            raise ValueError(
+                "task.bidirectional, task.variational and task.forget_bias are for recurrent networks; set task.network"
+            )
         if network != "dnn" and not layers:
             raise ValueError(f"task.layers = 0: task.network = '{network}' needs at least one")
         self.network, self.bidirectional = network, bidirectional

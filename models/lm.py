@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch.nn import functional
 
-from models.layers.recurrent import FORGET_BIAS, SRU, Kind, Recurrent, State
+from models.layers.recurrent import FORGET_BIAS, Kind, Recurrent, State
 from models.task import Carry, Loss, Piece, Sums, Task
 
 Rate = Annotated[float, Ge(0), Lt(1)]
@@ -113,12 +113,12 @@ class LanguageModel(Task):
         init_range: Annotated[float, Ge(0)] = 0.0,
     ):
         self.words: int = data["words"]["classes"]
-        self.steps, self.tied, self.init_range, self.highway_bias = steps, tied, init_range, highway_bias
+        self.steps, self.tied, self.init_range = steps, tied, init_range
         self.embedding = embedding or width
         self.shape: tuple[Kind, int, int] = (kind, width, layers)
         self.options: dict[str, Any] = {"variational": variational, "dropout": dropout, "forget_bias": forget_bias}
         if kind in ("sru", "sru-later"):
-            self.options |= {"activation": activation, "highway": highway}
+            self.options |= {"activation": activation, "highway": highway, "highway_bias": highway_bias}
         elif (activation, highway, highway_bias) != ("tanh", "fit", 0.0):
             raise ValueError(
                 f"task.activation, task.highway and task.highway_bias are SRU's, task.kind is '{kind}'; leave them out"
@@ -142,9 +142,6 @@ class LanguageModel(Task):
                     weight.uniform_(-bound, bound, generator=generator)
             model.bias.zero_()
             model.recurrent.initialise(generator)
-            for cell in model.recurrent.modules():
-                if isinstance(cell, SRU):
-                    cell.bias[cell.states[0] :] = self.highway_bias
 
     def check(self, piece: Piece) -> None:
         rows = torch.cat([piece.items, piece.items + 1])
@@ -175,11 +172,6 @@ class LanguageModel(Task):
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Perplexity, from the loss of all words."""
         return {"perplexity": math.exp(min(metrics["loss"], MOST_NATS))}
-
-    def predict(self, model: torch.nn.Module, batch: WordBatch) -> torch.Tensor:
-        """Log probability of every target, nats: [T * B, 1], in the order of the batch's items."""
-        logits_TBV, _ = model(batch.inputs, None)
-        return -functional.cross_entropy(_float(logits_TBV), batch.targets.flatten(), reduction="none")[:, None]
 
 
 def _float(logits_TBV: torch.Tensor) -> torch.Tensor:

@@ -116,8 +116,8 @@ class Sentences(Task):
             self.options |= {"activation": activation, "highway": highway}
         elif (activation, highway) != ("tanh", "fit"):
             raise ValueError(f"task.activation and task.highway are SRU's; encoder = '{encoder}' has none")
-        if encoder == "cnn" and bidirectional:
-            raise ValueError("task.bidirectional = true: encoder = 'cnn' has no direction; leave it out")
+        if encoder == "cnn" and (bidirectional or forget_bias != FORGET_BIAS):
+            raise ValueError("task.bidirectional and task.forget_bias are for recurrent encoders; leave them out")
         self.encoder, self.layers, self.width, self.bidirectional = encoder, layers, width, bidirectional
         self.embedding, self.vectors, self.fixed, self.dropout = embedding, vectors, fixed_vectors, dropout
 
@@ -142,7 +142,7 @@ class Sentences(Task):
             self._take_vectors(vectors_VD)
         vectors_VD[self.unknown] = 0.0
         half_range = 1.0 / math.sqrt(model.output.in_features)
-        with torch.no_grad():  # written, never read: other ranks of a host may be writing the same memory
+        with torch.no_grad():
             model.embedding.weight.copy_(vectors_VD)
             model.output.weight.uniform_(-half_range, half_range, generator=generator)
             model.output.bias.zero_()

@@ -61,7 +61,7 @@ class Task(Protocol):
     """What is trained. A task is made from the data's field descriptions and its recipe options (keyword-only).
 
     fields   the fields that its data sets must hold, row by row in step
-    targets  the fields that have rows of their own for every utterance
+    targets  the fields that have rows of their own for every utterance (unit "sequence" only)
     unit     what an item is: a "row" (frame), a whole "sequence", or a row of running text, a "stream"
     noun     the plural of what the loss counts, for people: "frames", "sentences", "words"
     margin   unit "row": rows of context that an item needs on either side, within its utterance

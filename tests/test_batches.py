@@ -50,10 +50,12 @@ def test_every_step_takes_the_whole_batch_and_only_the_last_what_is_left(folder)
     batches.close()
 
 
-def stream(batches, split, steps):
+def stream(batches, split, steps, held=None):
+    """A split's batches, read step by step among those of all splits that are held (None: it alone)."""
     found = []
     for t in range(steps):
-        batch = batches(split, t)
+        taken = {each: batches(each, t) for each in (held or [split])}
+        batch = taken[split]
         found.append(None if batch is None else (batch.inputs, batch.labels))
     return found
 
@@ -68,7 +70,7 @@ def same(one, other):
 def test_a_splits_batches_do_not_depend_on_who_holds_it_nor_on_where_reading_starts(folder):
     everything, alone = make(folder, 4), make(folder, 4)
     steps = 2 * everything.per_epoch + 3
-    reference = stream(everything, 2, steps)
+    reference = stream(everything, 2, steps, held=range(4))
     assert same(reference, stream(alone, 2, steps))
     later = make(folder, 4)
     assert same(reference[steps - 5 :], [

@@ -116,11 +116,12 @@ def test_whole_strategies_learn_the_same_on_any_islands():
 @pytest.mark.mpi(ranks=[2], timeout=60)
 def test_frozen_and_unused_parameters_are_no_trouble():
     def digest(comm):
-        problem = Problem("allreduce", comm, options={"bucket_mib": 1 / 256}, prepare=False)  # Adam, with decay
+        names = ("0.weight", "2.bias")
+        problem = Problem("allreduce", comm, options={"bucket_mib": 1 / 256}, frozen=names)  # Adam, with decay
         frozen = [problem.model[0].weight, problem.model[2].bias]
-        before = [parameter.requires_grad_(False).clone() for parameter in frozen]
+        before = [parameter.clone() for parameter in frozen]
         others = [problem.model[0].bias.clone(), problem.model[2].weight.clone()]
-        problem.strategy.prepare()
+        assert problem.flat.names == ["0.bias", "2.weight"] and set(problem.flat.fixed) == set(names)
         problem.run(3)
         assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
         assert not torch.equal(problem.model[0].bias, others[0])

@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
+from importlib import import_module
 
 import pytest
+import torch
 from test_sentences import RECIPE, write_sentences
 
 from collectives.comm import Comm
+from hpc.__main__ import COMMANDS, build_parser
 from hpc.folds import find_folds, seconds_an_epoch
 from hpc.prepare.sentences import prepare_sentences
+from hpc.run import RunError
+from hpc.runtime import STOP_SIGNALS
 from hpc.shards import DataError, sha256_of
-
-FOLDS = 3
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    write_sentences(tmp_path / "all", 120)
-    prepare_sentences(Comm(), tmp_path / "all", tmp_path / "data", folds=FOLDS, quiet=True)
-    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path).replace("epochs = 3", "epochs = 2"))
+    write_sentences(tmp_path / "all", 80)
+    prepare_sentences(Comm(), tmp_path / "all", tmp_path / "data", folds=3, quiet=True)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path).replace("epochs = 3", "epochs = 1"))
     return tmp_path / "recipe.toml"
+
+
+@pytest.fixture
+def here(capsys):
+    """Runs a command in this process and returns what it printed; what it sets for the process is put back."""
+    caught = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    threads = torch.get_num_threads()
+
+    def run(*words):
+        capsys.readouterr()
+        arguments = build_parser(words[0]).parse_args(list(map(str, words)))
+        assert import_module(COMMANDS[words[0]].module).run(arguments, Comm()) == 0
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in caught.items():
+        signal.signal(number, handler)
 
 
 def read(folder):
     return json.loads((folder / "run/folds.json").read_text())
 
 
-def test_every_fold_is_trained_measured_and_joined(trireme, recipe, tmp_path):
+def test_every_fold_is_trained_measured_and_joined(trireme, here, recipe, tmp_path):
     done = trireme("folds", recipe, tmp_path / "data", "task.encoder=cnn", ranks=2)
     result = read(tmp_path)
     assert [fold["fold"] for fold in result["folds"]] == ["fold-00", "fold-01", "fold-02"]
     for fold in result["folds"]:
         run = tmp_path / "run" / fold["fold"]
-        assert fold["sha256"] == sha256_of(run / "model.safetensors") and fold["epochs"] == 2 and fold["epoch_s"] > 0
-        measured = json.loads(trireme("evaluate", run, tmp_path / "data" / fold["fold"] / "test", "--json").stdout)
+        assert fold["sha256"] == sha256_of(run / "model.safetensors") and fold["epochs"] == 1 and fold["epoch_s"] > 0
+        assert fold["best_epoch"] == 1
+        measured = json.loads(here("evaluate", run, tmp_path / "data" / fold["fold"] / "test", "--json"))
         assert fold["test"] == {k: measured[k] for k in ("loss", "error")} | {"accuracy": 1 - measured["error"]}
         assert {"error", "loss"} <= fold["validation"].keys()
     errors = [fold["test"]["error"] for fold in result["folds"]]
@@ -46,23 +69,31 @@ def test_every_fold_is_trained_measured_and_joined(trireme, recipe, tmp_path):
 
     shutil.rmtree(tmp_path / "run/fold-01")  # as if it had never been trained
     (tmp_path / "run/fold-02/success").unlink()  # as if it had been killed before its end
-    before = {name: (tmp_path / f"run/{name}/success").stat().st_mtime_ns for name in ("fold-00",)}
-    trireme("folds", recipe, tmp_path / "data", "task.encoder=cnn")
+    before = (tmp_path / "run/fold-00/success").stat().st_mtime_ns
+    here("folds", recipe, tmp_path / "data", "task.encoder=cnn")
     again = read(tmp_path)
     assert [fold["sha256"] for fold in again["folds"]] == [fold["sha256"] for fold in result["folds"]]
     assert again["mean"]["error"] == result["mean"]["error"]
-    assert (tmp_path / "run/fold-00/success").stat().st_mtime_ns == before["fold-00"]
+    assert (tmp_path / "run/fold-00/success").stat().st_mtime_ns == before
 
 
-def test_some_folds_at_a_time_join_what_is_there(trireme, recipe, tmp_path):
-    run = f"run={tmp_path / 'run'}"
-    trireme("folds", "--only", "2", recipe, tmp_path / "data", run, "task.encoder=cnn", "schedule.epochs=1")
+def test_some_folds_at_a_time_join_what_is_there(here, recipe, tmp_path):
+    here("folds", "--only", "2", recipe, tmp_path / "data", "task.encoder=cnn")
     assert [fold["fold"] for fold in read(tmp_path)["folds"]] == ["fold-02"]
     assert read(tmp_path)["deviation"]["error"] is None
-    trireme("folds", "--only", "0,2", recipe, tmp_path / "data", run, "task.encoder=cnn", "schedule.epochs=1")
+    here("folds", "--only", "0,2", recipe, tmp_path / "data", "task.encoder=cnn")
     assert [fold["fold"] for fold in read(tmp_path)["folds"]] == ["fold-00", "fold-02"]
-    other = trireme("folds", "--only", "0", recipe, tmp_path / "data", run, "schedule.epochs=1", code=1)
-    assert "holds a run of another recipe" in other.stderr and "Traceback" not in other.stderr
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        here("folds", "--only", "0", recipe, tmp_path / "data")
+
+
+def test_without_validation_no_epoch_is_the_best(here, recipe, tmp_path):
+    prepare_sentences(Comm(), tmp_path / "all", tmp_path / "plain", folds=2, validation=0.0, quiet=True)
+    said = here("folds", "--only", "1", recipe, tmp_path / "plain", "task.encoder=cnn")
+    (fold,) = read(tmp_path)["folds"]
+    assert fold["best_epoch"] is None and "validation" not in fold and fold["test"]["error"] >= 0
+    row = next(line for line in said.splitlines() if "fold-01 " in line)
+    assert "–" in row and "-0." not in row
 
 
 def test_folds_that_are_not_there_are_refused(trireme, recipe, tmp_path):

@@ -109,17 +109,14 @@ def test_one_batch_can_be_memorised_and_gradients_end_at_its_edge(data, kind):
         optimizer.step()
     assert not any(part.requires_grad for part in (*carry, *after))
     assert float(total.detach()) / count < 0.1
-    predicted = task.predict(model.eval(), second)
-    assert predicted.shape == (10 * LANES, 1) and predicted.dtype == torch.float32
 
 
-def test_predictions_are_the_targets_log_probabilities(data):
+def test_the_loss_is_the_targets_negative_log_probability(data):
     task, model, piece = make(data)
     batch = cut(task, piece, 35)[0]
     with torch.no_grad():
         logits, _ = model(batch.inputs)
         expected = torch.log_softmax(logits, 2).flatten(0, 1).gather(1, batch.targets.flatten()[:, None])
-        torch.testing.assert_close(task.predict(model, batch), expected)
         sums, _ = task.metrics(model, batch, None)
     assert sums["loss"] == (pytest.approx(-float(expected.sum()), rel=1e-6), 35.0 * LANES)
 

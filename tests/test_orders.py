@@ -144,6 +144,18 @@ def test_batches_are_of_like_lengths_and_of_the_same_ones_in_all_splits_at_a_ste
     batches.close()
 
 
+def test_splits_of_other_sizes_still_meet_like_lengths_at_a_step(frames):
+    """47 utterances over 4 splits of 2 a step: some splits have a batch more than others."""
+    data = Dataset(frames)
+    task = Frames(data.manifest["fields"], network="sru", context=0, layers=1, width=4)
+    order = make_order(data, task, 4, batch=8, split_frames=10_000, runs=3, seed=1)
+    order.total = 47
+    pieces = [order.load(split, 0, 0) for split in range(4)]
+    assert sorted(map(len, pieces)) == [11, 12, 12, 12]
+    ranks = [torch.argsort(torch.argsort((p.last - p.first)[:10].view(5, 2).float().mean(1))) for p in pieces]
+    assert all(torch.equal(ranks[0], other) for other in ranks)
+
+
 def test_sequences_are_whole_and_labelled_row_by_row(frames):
     data = Dataset(frames)
     task = Frames(data.manifest["fields"], network="lstm", context=0, layers=1, width=4)

@@ -10,15 +10,24 @@ from material import shared_data
 from prepare_material import tree
 
 from collectives.comm import Comm
+from hpc.__main__ import build_parser
+from hpc.prepare import sentences as preparing
 from hpc.prepare.sentence_lines import Sentence, read_text, vocabulary
 from hpc.prepare.sentences import prepare_sentences
-from hpc.shards import Dataset, read_manifest
+from hpc.prepare.text import prepare_text
+from hpc.run import RunError, compare_fields
+from hpc.shards import DataError, Dataset, read_manifest
 from models.word_vectors import read_vectors
 
 
 @pytest.fixture(scope="module")
 def comm():
     return Comm()
+
+
+def command(comm, *words):
+    """What the command does, in this process."""
+    return preparing.run(build_parser("prepare").parse_args(["prepare", "sentences", *map(str, words)]), comm)
 
 
 def write_sentences(path, count=60, seed=0, labels=("0", "1"), words="abcdefghijkl"):
@@ -127,17 +136,86 @@ def test_without_validation_or_test_there_are_no_such_sets(comm, tmp_path):
     assert sorted(path.name for path in (tmp_path / "two/fold-01").iterdir()) == ["test", "train"]
 
 
-def test_what_is_written_is_the_same_for_any_number_of_ranks(trireme, tmp_path):
+def test_a_finished_preparation_is_known_by_its_files_not_by_their_paths(comm, tmp_path, capsys, monkeypatch):
     write_sentences(tmp_path / "all")
-    for ranks in (1, 2, 3):
-        said = trireme("prepare", "sentences", tmp_path / "all", tmp_path / f"on{ranks}", "--folds", 3, ranks=ranks)
-        assert said.stdout.count("written to") == 1
-    one = tree(tmp_path / "on1")
-    assert len(one) == 3 * 3 * 3 and one == tree(tmp_path / "on2") == tree(tmp_path / "on3")
-    again = trireme("prepare", "sentences", tmp_path / "all", tmp_path / "on2", "--folds", 3)
-    assert "nothing was done" in again.stdout and tree(tmp_path / "on2") == one
-    other = trireme("prepare", "sentences", tmp_path / "all", tmp_path / "on2", "--folds", 3, "--seed", 2, code=1)
-    assert "seed was 0, is 2" in other.stderr and "Traceback" not in other.stderr
+    command(comm, tmp_path / "all", tmp_path / "out", "--folds", 3)
+    before = tree(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    command(comm, "all", "out", "--folds", 3)
+    assert "nothing was done" in capsys.readouterr().out and tree(tmp_path / "out") == before
+    with pytest.raises(DataError, match="seed was 0, is 2"):
+        command(comm, "all", "out", "--folds", 3, "--seed", 2)
+    write_sentences(tmp_path / "all", seed=1)
+    with pytest.raises(DataError, match="same options from other data"):
+        command(comm, "all", "out", "--folds", 3)
+
+
+# -- another data set's numbers -------------------------------------------------------------------------------------
+
+
+def test_another_set_takes_the_words_case_and_classes_of_the_training_set(comm, tmp_path, capsys):
+    (tmp_path / "train").write_text("neg B a B\npos c a b\nneg rare\nmid a\n")
+    (tmp_path / "more").write_text("pos A new\nmid b C c\n")
+    command(comm, tmp_path / "train", tmp_path / "out", "--validation", 0, "--lower")
+    add = (tmp_path / "more", tmp_path / "out", "--set", "more", "--vocabulary-from", tmp_path / "out/train")
+    command(comm, *add)
+    assert stored(tmp_path / "out/more") == {"more:1": ("pos", ["a", None]), "more:2": ("mid", ["b", "c", "c"])}
+    ours, theirs = (read_manifest(tmp_path / "out" / name)["fields"] for name in ("train", "more"))
+    compare_fields(ours, theirs, "more")  # as `trireme evaluate` does
+    assert theirs["labels"]["names"] == ["mid", "neg", "pos"] and theirs["labels"]["counts"] == [1, 0, 1]
+    capsys.readouterr()
+    command(comm, *add)
+    assert "nothing was done" in capsys.readouterr().out
+
+    command(comm, tmp_path / "more", tmp_path / "own", "--set", "more", "--lower")
+    assert sorted(keys_of(tmp_path / "own/more")) == ["more:1", "more:2"]
+    with pytest.raises(RunError, match=r"field 'words' has another names .*sentences: --vocabulary-from"):
+        compare_fields(ours, read_manifest(tmp_path / "own/more")["fields"], "more")
+    (tmp_path / "more").write_text("pos a\nbad a\n")
+    with pytest.raises(DataError, match=r"more', line 2 has label 'bad', which .*train' has not"):
+        command(comm, *add, "--overwrite")
+
+
+def test_every_fold_may_take_the_same_words(comm, tmp_path):
+    write_sentences(tmp_path / "all")
+    write_sentences(tmp_path / "few", count=10, words="abx")
+    prepare_sentences(comm, tmp_path / "few", tmp_path / "few.set", into="few", quiet=True)
+    taken = tmp_path / "few.set/few"
+    prepare_sentences(comm, tmp_path / "all", tmp_path / "out", folds=2, vocabulary_from=taken, quiet=True)
+    for name in ("fold-00/train", "fold-01/train", "fold-01/test"):
+        fields = read_manifest(tmp_path / "out" / name)["fields"]
+        assert set(fields["words"]["names"]) == {"<unk>", "a", "b", "x"}
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--set", "a/b"), "--set 'a/b': expected a name"),
+    (("--set", "more", "--test", "0.1"), "--set writes one set"),
+    (("--set", "more", "--validation", "0.1"), "--set writes one set"),
+    (("--set", "more", "--folds", "2"), "--set writes one set"),
+    (("--vocabulary-from", "text/train"), "of kind 'text', not of sentences; .*'trireme prepare sentences'"),
+    (("--vocabulary-from", "plain/train", "--lower"), "are not in lower case; leave out --lower"),
+    (("--vocabulary-from", "plain/train", "--min-count", "2"), "leave out --min-count and --vectors"),
+    (("--vocabulary-from", "plain/train", "--vectors", "all"), "leave out --min-count and --vectors"),
+    (("--validation", "0.2", "--test", "nowhere"), "'nowhere' is neither a fraction, e.g. 0.1, nor a file"),
+    (("--validation", "./0.2", "--test", "0.2"), None),
+    (("--validation", "./0.2", "--test", "sub/../0.2"), "'sub/../0.2' is given twice; a text is for one set, once"),
+])
+def test_what_is_taken_and_held_out_is_checked(comm, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("all", "0.2"):
+        write_sentences(tmp_path / name)
+    if "--vocabulary-from" in words:
+        prepare_sentences(comm, tmp_path / "all", tmp_path / "plain", quiet=True)
+        prepare_text(comm, {"train": [tmp_path / "all"]}, tmp_path / "text", quiet=True)
+    if message is None:  # what reads as a number is one, whatever files there are
+        command(comm, "all", "out", *words)
+        sizes = {name: len(keys_of(tmp_path / "out" / name)) for name in ("train", "validation", "test")}
+        assert sizes == {"train": 48, "validation": 60, "test": 12}
+    else:
+        with pytest.raises(ValueError, match=message):
+            command(comm, "all", "out", *words)
+        assert not (tmp_path / "out").exists()
 
 
 # -- encodings ------------------------------------------------------------------------------------------------------
@@ -150,7 +228,7 @@ def test_the_encoding_is_found(tmp_path):
         path.write_bytes(text.encode(encoding))
         found = read_text(path)
         assert found.encoding == encoding.removesuffix("-sig")
-        assert ("line 1 is not UTF-8" in found.note) == (encoding == "latin-1")
+        assert found.note == (f"'{path}' was read as latin-1: line 1 is not UTF-8" if encoding == "latin-1" else "")
         assert [s.words for s in found.sentences] == [["ein", "café", "und", "naïve"], ["plain"]], "0x85 ends no line"
     assert read_text(tmp_path / "latin-1", "cp1252").sentences[0].words[2] == "…und"
     assert read_text(tmp_path / "utf-8", lower=True).sentences[0] == read_text(tmp_path / "utf-8").sentences[0]
@@ -176,14 +254,6 @@ def test_what_cannot_be_trained_on_is_refused(comm, tmp_path, content, encoding,
     with pytest.raises(ValueError, match=message):
         prepare_sentences(comm, tmp_path / "all", tmp_path / "out", encoding=encoding, folds=4, quiet=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_label_that_is_in_the_test_file_alone_is_named(trireme, tmp_path):
-    (tmp_path / "train").write_text("1 a\n0 b\n1 c\n0 d\n")
-    (tmp_path / "test").write_text("1 a\n2 b\n")
-    words = ("prepare", "sentences", tmp_path / "train", tmp_path / "out", "--test", tmp_path / "test")
-    done = trireme(*words, ranks=2, code=1)
-    assert done.stderr.count("test', line 2 has label '2', which") == 1 and "Traceback" not in done.stderr
 
 
 def test_options_that_contradict_each_other_are_refused(comm, tmp_path):

@@ -241,6 +241,8 @@ def test_what_is_no_text_is_named_with_file_and_line(comm, tmp_path, short_runs)
     (("t", "--validation", "1.5"), "--validation 1.5: expected a fraction"),
     (("t", "--validation", "0.3", "--test", "0.3"), "from 0 to 0.5"),
     (("t", "--validation", "0.1", "--validation", "t"), "expected one fraction, or files"),
+    (("t", "--validation", "0.7"), "from 0 to 0.5"),  # a file is called so: what reads as a number is one
+    (("t", "--validation", "./0.7", "--test", "./0.7"), "given twice"),
     (("t", "--set", "a/b"), "--set 'a/b': expected a name"),
     (("t", "--set", "x", "--test", "t"), "--set writes one set"),
     (("t", "--vocabulary", "nowhere"), "there is no file 'nowhere' to read a vocabulary from"),
@@ -254,6 +256,7 @@ def test_what_cannot_be_prepared_is_refused_in_words(comm, tmp_path, monkeypatch
     (tmp_path / "t").write_text("a b\n" * 30)
     (tmp_path / "empty").write_text("")
     (tmp_path / "blank").write_text("\n\n")
+    (tmp_path / "0.7").write_text("a b\n")
     (tmp_path / "hollow").mkdir()
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"a b c\n" * 100)[:-12])
     files = [word for word in words[:2] if not word.startswith("--")][: 2 if words[:2] == ("t", "t") else 1]
@@ -304,21 +307,6 @@ def test_a_finished_preparation_is_left_alone(comm, tmp_path, short_runs):
         prepare_text(comm, out=tmp_path / "out", **wanted)
     assert prepare_text(comm, out=tmp_path / "out", **wanted, overwrite=True)["state"] == "new"
     assert tree(tmp_path / "out") != before
-
-
-def test_ranks_share_the_work_and_write_the_same_bytes(comm, trireme, tmp_path):
-    files = [tmp_path / name for name in "abc"]
-    for seed, file in enumerate(files):
-        file.write_text(text_of(9000, seed, 5000))  # some 330 kB each: many utterances
-    held = {"validation": 0.05, "test": 0.05}
-    prepare_text(comm, {"train": files}, tmp_path / "on1", held=held, vocabulary=Choice(words=2000), quiet=True)
-    for ranks in (2, 3):
-        words = ("--words", "2000", "--test", "0.05")
-        done = trireme("prepare", "text", *files, tmp_path / f"on{ranks}", *words, ranks=ranks)
-        assert done.stdout.count("written to") == 1 and "2,000" in done.stdout
-    one = tree(tmp_path / "on1")
-    assert len([name for name in one if name.startswith("train/labels-")]) == 8
-    assert one == tree(tmp_path / "on2") == tree(tmp_path / "on3")
 
 
 def test_what_one_rank_cannot_read_ends_all_and_the_text_can_be_mended(comm, trireme, tmp_path):

@@ -38,17 +38,18 @@ laws = pytest.mark.mpi(ranks=[1, 2, 3, 4], timeout=120)
 class Problem:
     """A small regression, whose data is a function of (split, step) alone, on some ranks."""
 
-    def __init__(self, name, comm, rule="adam", splits=SPLITS, dry=(), options=None, storage="own", prepare=True):
+    def __init__(self, name, comm, rule="adam", splits=SPLITS, dry=(), options=None, storage="own", frozen=()):
         torch.set_num_threads(1)
         self.comm = comm.with_splits(splits)
         torch.manual_seed(1)
         self.model = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Sigmoid(), torch.nn.Linear(101, 13))
+        for parameter in frozen:
+            self.model.get_parameter(parameter).requires_grad_(False)
         memory = self.comm.memory
         self.flat = Flat(self.model, memory.common if storage == "common" else partial(memory.zeros, device=CPU))
         self.comm.barrier()
         self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule](), BATCH, **(options or {}))
-        if prepare:
-            self.strategy.prepare()
+        self.strategy.prepare()
         self.dry = dry
         self.at = 0
 

@@ -38,10 +38,13 @@ def train(trireme, recipe, ranks, run, *overrides):
     return sha256_of(run / "model.safetensors")
 
 
-@pytest.mark.parametrize(("splits", "ranks"), [(4, (1, 2, 4)), (12, (1, 2, 3, 4, 6))])
-def test_the_same_bytes_for_every_number_of_ranks(trireme, tmp_path, splits, ranks):
+@pytest.mark.parametrize(("splits", "ranks", "changes"), [
+    (4, (1, 2, 4), ()), (12, (1, 2, 3, 4, 6), ()),
+    (4, (1, 2, 4), ("task.init=he", "task.width=600")),  # drawn in place, in steps that read what was drawn
+])
+def test_the_same_bytes_for_every_number_of_ranks(trireme, tmp_path, splits, ranks, changes):
     recipe = write_recipe(tmp_path, splits=splits)
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}") for k in ranks}
+    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in ranks}
     assert len(set(digests.values())) == 1, digests
     logs = [[(r["step"], r["loss"]) for r in read_records(tmp_path / f"run{k}") if "loss" in r] for k in ranks]
     assert all(log == logs[0] for log in logs) and len(logs[0]) > 10, "the recorded losses are part of the law"

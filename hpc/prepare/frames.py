@@ -19,6 +19,7 @@ from hpc.prepare import journal, manifests
 from hpc.prepare.frames_options import add_arguments as add_arguments
 from hpc.prepare.frames_options import checked, holdout_of, show, source_of
 from hpc.prepare.holdout import Holdout, runs, shuffled
+from hpc.prepare.options import check_set
 from hpc.prepare.pairs import Form, Source, build_pair
 from hpc.prepare.rounds import Advance, build_in_rounds
 from hpc.shards import MANIFEST, DataError, read_manifest, write_json
@@ -92,8 +93,7 @@ def _cut(source: Source, shards: int, validation: Holdout, seed: int, into: str 
         raise DataError(f"key '{twice}' appears twice; keys must be unique")
     order = shuffled(keys, seed)
     if into is not None:
-        if not into.replace("-", "").replace("_", "").isalnum():
-            raise ValueError(f"--set '{into}': expected a name of letters, digits, '-' and '_', e.g. test")
+        check_set(into)
         return {into: runs(order, shards)}
     held = validation.choose(keys, seed)
     train = [key for key in order if key not in held]

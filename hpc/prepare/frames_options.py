@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from collectives.comm import Comm
+from hpc.everywhere import made_everywhere
 from hpc.prepare.audio import find_audio
 from hpc.prepare.holdout import Holdout
 from hpc.prepare.kaldi import KaldiSource
 from hpc.prepare.labels import read_keys, read_names
+from hpc.prepare.options import show_prepared
 from hpc.prepare.pairs import Source
 from hpc.prepare.sphinx import SphinxSource
 
@@ -152,15 +151,7 @@ def source_of(args: argparse.Namespace, comm: Comm, names: list[str] | None) -> 
             comm, args.origin[1:], exclude=args.exclude or (), sample_rate=args.sample_rate,
             mels=40 if args.mels is None else args.mels, frame_shift_ms=args.frame_shift, names=names,
         )
-    made: list[Source] = []
-
-    def read() -> None:
-        if not made:
-            made.append(_listed(args))
-
-    comm.on_root(read)  # what is wrong with the lists is said once, not once a rank
-    comm.each(read)
-    return made[0]
+    return made_everywhere(comm, lambda: _listed(args))
 
 
 def _listed(args: argparse.Namespace) -> Source:
@@ -183,25 +174,9 @@ def _listed(args: argparse.Namespace) -> Source:
 
 def show(report: dict[str, Any], out: Path) -> None:
     """Print what was prepared: a table of the sets, and what was left out."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("set", "shards", "utterances", "frames", "hours", "values", "classes", "majority"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("set", "majority") else "right")
-    for row in report["sets"]:
-        name, share = row["majority"]
-        table.add_row(
-            row["set"], str(row["shards"]), f"{row['utterances']:,}", f"{row['frames']:,}", f"{row['hours']:.2f}",
-            str(row["width"]), f"{row['present']}/{row['classes']}", f"{share:.1%} {name}",
-        )
-    console.print(table)
-    say = [f"note: {note}" for note in report["notes"]]
-    if report["resumed"]:
-        say.append(f"{report['resumed']} shards were finished before and were kept")
-    if report["state"] == "finished":
-        say.append(f"'{out}' was finished before with the same options and data; nothing was done")
-    else:
-        say.append(f"written to '{out}' in {report['seconds']:.1f} s")
-    for line in say:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    columns = ("set", "shards", "utterances", "frames", "hours", "values", "classes", "majority")
+    rows = [(
+        row["set"], str(row["shards"]), f"{row['utterances']:,}", f"{row['frames']:,}", f"{row['hours']:.2f}",
+        str(row["width"]), f"{row['present']}/{row['classes']}", f"{row['majority'][1]:.1%} {row['majority'][0]}",
+    ) for row in report["sets"]]
+    show_prepared(report, out, columns, rows)

@@ -13,7 +13,6 @@ from hpc.prepare.labels import some
 from hpc.shards import DataError
 
 UNKNOWN = "<unk>"
-Part = float | Path  # a fraction of the sentences, or a file of its own
 
 
 class Sentence(NamedTuple):
@@ -26,7 +25,7 @@ class Sentence(NamedTuple):
 
 @dataclass
 class Text:
-    """A file's sentences, in order, and the encoding it was read in; `note` says which and why."""
+    """A file's sentences, in order, and the encoding it was read in; `note` says why it was not UTF-8, or nothing."""
 
     path: Path
     encoding: str
@@ -62,11 +61,11 @@ def read_text(path: Path, encoding: str = "auto", lower: bool = False) -> Text:
             f"'{path}': the first words of its {len(sentences)} lines are {len(labels)} different ones "
             f"({some(sorted(labels))}), so they can be no labels; expected 'label sentence' a line"
         )
-    return Text(path, encoding, sentences, f"'{path}' was read as {encoding}{why}")
+    return Text(path, encoding, sentences, f"'{path}' was read as {encoding}: {why}" if why else "")
 
 
 def _decoded(path: Path, encoding: str) -> tuple[str, str, str]:
-    """A file's text, the encoding taken, and why it was not UTF-8."""
+    """A file's text, the encoding taken, and why that is not UTF-8 where it was to be found out."""
     raw = path.read_bytes()
     first = "utf-8" if encoding == "auto" else encoding
     try:
@@ -76,33 +75,34 @@ def _decoded(path: Path, encoding: str) -> tuple[str, str, str]:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         if encoding == "auto":
-            return raw.decode("latin-1"), "latin-1", f": line {line} is not UTF-8"
+            return raw.decode("latin-1"), "latin-1", f"line {line} is not UTF-8"
         raise DataError(
             f"'{path}', line {line} cannot be decoded as {encoding} (byte 0x{raw[error.start]:02x}: {error.reason}); "
             "give another --encoding, or auto"
         ) from error
 
 
-def classes_of(text: Text, others: Iterable[Text]) -> list[str]:
-    """The classes, sorted: by value if all are whole numbers, else as words.
+def classes_of(text: Text) -> list[str]:
+    """The classes of sentences to train on, sorted: by value if all are whole numbers, else as words.
 
-    text    the sentences to train on (and to hold out of)
-    others  files that may hold no other classes
-
-    Raises DataError for fewer than two classes, and, naming file and line, for a label that `text` does not have.
+    Raises DataError for fewer than two.
     """
     found = {sentence.label for sentence in text.sentences}
     if len(found) < 2:
         raise DataError(f"'{text.path}': all sentences have label '{found.pop()}'; there is nothing to tell apart")
-    for other in others:
-        for sentence in other.sentences:
-            if sentence.label not in found:
-                raise DataError(
-                    f"'{other.path}', line {sentence.key.rpartition(':')[2]} has label '{sentence.label}', which "
-                    f"'{text.path}' has not; it has {some(sorted(found), 5)}"
-                )
     whole = all(label.removeprefix("-").isdecimal() for label in found)
     return sorted(found, key=lambda label: (int(label) if whole else 0, label))
+
+
+def check_labels(texts: Iterable[Text], classes: Sequence[str], whose: Path) -> None:
+    """Raise DataError, naming file and line, for a label that is not among the classes of a file or data set."""
+    for text in texts:
+        for sentence in text.sentences:
+            if sentence.label not in classes:
+                raise DataError(
+                    f"'{text.path}', line {sentence.key.rpartition(':')[2]} has label '{sentence.label}', which "
+                    f"'{whose}' has not; it has {some(classes, 5)}"
+                )
 
 
 def deal(
@@ -135,9 +135,14 @@ def deal(
     sets = {name: [by_key[key] for key in held] for name, held in named.items() if held}
     for name, given in (("validation", validation), ("test", test)):
         if isinstance(given, Text):
-            own = {sentence.key: sentence for sentence in given.sentences}
-            sets[name] = [own[key] for key in shuffled(list(own), seed)]
+            sets[name] = in_random_order(given, seed)
     return sets
+
+
+def in_random_order(text: Text, seed: int) -> list[Sentence]:
+    """A file's sentences in a random order that the seed decides."""
+    own = {sentence.key: sentence for sentence in text.sentences}
+    return [own[key] for key in shuffled(list(own), seed)]
 
 
 def _choose(keys: Sequence[str], part: float | Text, seed: int) -> set[str]:

@@ -1,52 +1,54 @@
 """Labelled sentences as data sets, also for cross-validation: `trireme prepare sentences`.
 
 A sentence is an utterance: its words' numbers are the rows of field "words", its class is the one row of field
-"labels", which has rows of its own. Words are numbered by the training part alone. What is written is the same, byte
-for byte, for any number of ranks. An interrupted preparation is continued by the same command.
+"labels", which has rows of its own. Words are numbered by the training part; with word vectors, those of other parts
+that have a vector follow; or another data set's numbers are kept. What is written is the same, byte for byte, for any
+number of ranks. An interrupted preparation is continued by the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from collectives.comm import Comm
+from hpc.everywhere import made_everywhere
 from hpc.prepare import journal
 from hpc.prepare.holdout import runs
 from hpc.prepare.rounds import Advance, build_in_rounds
-from hpc.prepare.sentence_lines import UNKNOWN, Part, Sentence, Text, classes_of, deal, read_text, vocabulary
+from hpc.prepare.sentence_lines import (
+    Sentence,
+    Text,
+    check_labels,
+    classes_of,
+    deal,
+    in_random_order,
+    read_text,
+    vocabulary,
+)
+from hpc.prepare.sentence_plan import Plan
 from hpc.prepare.sentences_options import add_arguments as add_arguments
-from hpc.prepare.sentences_options import part_of, plain, show
+from hpc.prepare.sentences_options import choices_of, show
+from hpc.prepare.vocabulary import Vocabulary
 from hpc.shards import MANIFEST, SCHEMA, ShardWriter, read_manifest, sha256_of, shard_name, write_json
 from models.word_vectors import read_vectors
 
 
 def prepare_sentences(
-    comm: Comm, file: Path, out: Path, *, folds: int = 0, validation: Part = 0.1, test: Part = 0.0,
-    encoding: str = "auto", min_count: int = 1, lower: bool = False, vectors: Path | None = None, seed: int = 0,
-    shards: int = 1, overwrite: bool = False, quiet: bool = False,
+    comm: Comm, file: Path, out: Path, *, overwrite: bool = False, quiet: bool = False, **choices: Any
 ) -> dict[str, Any]:
     """Write the data sets (collective; ranks share the shards).
 
-    file              lines "label sentence"
-    out               the folder of the data sets
-    folds             parts to cut FILE into for cross-validation; 0: none
-    validation, test  a fraction of FILE (0: none) or a file of its own; with folds, `validation` is a fraction of each
-                      fold's training part and `test` is not given
-    encoding          of all files; "auto": UTF-8, or latin-1 for a file that is not
-    min_count         words that the training part has less often are unknown
-    lower             put words into lower case
-    vectors           a file of word vectors: words that have one are known
-    seed              decides the order and what is held out
-    shards            pairs of shards that the largest set has
-    overwrite         remove what another preparation left in the sets' folders
-    quiet             show no progress
+    file       lines "label sentence"
+    out        the folder of the data sets
+    overwrite  remove what another preparation left in the sets' folders
+    quiet      show no progress
+    choices    what to make of the file: the other fields of `Plan`
 
     Returns {"state": "new", "continued" or "finished", "resumed": shards found finished, "sets": [{"set", "sentences",
     "words", "longest", "vocabulary", "unknown": share of words, "classes", "majority": [name, share]}], "notes",
@@ -55,117 +57,105 @@ def prepare_sentences(
     ValueError; OSError; RootFailed on the ranks that did not fail themselves.
     """
     started = time.monotonic()
-    _check(folds, validation, test, min_count, shards)
-    texts, classes, sets = _dealt(comm, file, validation, test, folds, encoding, lower, seed)
-    have: list[str] = [] if vectors is None else comm.on_root(lambda: _with_vectors(vectors, texts))
-    names = {name: vocabulary(held, min_count, have) for name, held in sets.items() if name == _train_of(name)}
-    most = max(len(held) for held in sets.values())
-    cut = {name: runs(held, -(-shards * len(held) // most)) for name, held in sets.items()}
+    plan = made_everywhere(comm, lambda: Plan(file, **choices))
+    options = comm.on_root(plan.options)
+    dealt = made_everywhere(comm, lambda: _dealt(plan))
+    words = _numbered(comm, plan, dealt)
+    most = max(len(held) for held in dealt.sets.values())
+    cut = {name: runs(held, -(-plan.shards * len(held) // most)) for name, held in dealt.sets.items()}
     folders = {name: out / name for name in cut}
-    options = {
-        "file": str(file), "folds": folds, "validation": plain(validation), "test": plain(test), "encoding": encoding,
-        "min_count": min_count, "lower": lower, "seed": seed, "shards": shards,
-        "vectors": None if vectors is None else str(vectors),
-    }
-    mark = comm.on_root(lambda: journal.fingerprint(options, _lines(texts, cut, names)))
+    mark = comm.on_root(lambda: journal.fingerprint(options, _lines(dealt.texts, cut, words)))
     state = comm.on_root(lambda: journal.claim(list(folders.values()), mark, options, overwrite))
-    report: dict[str, Any] = {"state": state, "resumed": 0, "notes": [text.note for text in texts]}
+    report: dict[str, Any] = {"state": state, "resumed": 0, "notes": [t.note for t in dealt.texts if t.note]}
     if state != "finished":
-        numbers = {name: {word: i for i, word in enumerate(words)} for name, words in names.items()}
-        class_of = {label: i for i, label in enumerate(classes)}
+        class_of = {label: i for i, label in enumerate(dealt.classes)}
 
         def build(name: str, index: int, advance: Advance) -> dict[str, Any]:
-            known = numbers[_train_of(name)]
-            return build_pair(cut[name][index], folders[name], index, len(cut[name]), known, class_of, advance)
+            held = cut[name]
+            return build_pair(held[index], folders[name], index, len(held), words[_fold_of(name)], class_of, advance)
 
         records, report["resumed"] = build_in_rounds(comm, folders, cut, mark, build, quiet, ("sentences", "words"))
         prepared = {**options, "notes": report["notes"], "fingerprint": mark}
-        comm.on_root(lambda: _finish(folders, records, names, classes, {"lower": lower}, prepared))
+        comm.on_root(lambda: _finish(folders, records, words, dealt.classes, prepared))
     report["sets"] = comm.on_root(lambda: [_summary(name, read_manifest(folder)) for name, folder in folders.items()])
     return {**report, "seconds": time.monotonic() - started}
 
 
-def _dealt(
-    comm: Comm, file: Path, validation: Part, test: Part, folds: int, encoding: str, lower: bool, seed: int
-) -> tuple[list[Text], list[str], dict[str, list[Sentence]]]:
-    """All files, FILE first; the classes; the sets' sentences (collective). What is wrong is said once."""
-    paths = [file, *(part for part in (validation, test) if isinstance(part, Path))]
-    texts = _read_everywhere(comm, paths, encoding, lower)
-    classes = comm.on_root(lambda: classes_of(texts[0], texts[1:]))
-    given = iter(texts[1:])
-    judged, tested = (next(given) if isinstance(part, Path) else part for part in (validation, test))
-    made: list[dict[str, list[Sentence]]] = []
+class _Dealt(NamedTuple):
+    """All files, the first to train on; the classes; the sets' sentences, in every fold those to train on first."""
 
-    def act() -> None:
-        if not made:
-            made.append(deal(texts[0], judged, tested, folds, seed))
-
-    comm.on_root(act)
-    comm.each(act)
-    return texts, classes, made[0]
+    texts: list[Text]
+    classes: list[str]
+    sets: dict[str, list[Sentence]]
 
 
-def _read_everywhere(comm: Comm, paths: Sequence[Path], encoding: str, lower: bool) -> list[Text]:
-    """The files, read by every rank; what is wrong with them is said once (collective)."""
-    texts: list[Text] = []
-
-    def read() -> None:
-        if not texts:
-            texts.extend([read_text(path, encoding, lower) for path in paths])
-
-    comm.on_root(read)
-    comm.each(read)
-    return texts
-
-
-def _check(folds: int, validation: Part, test: Part, min_count: int, shards: int) -> None:
-    for name, part in (("validation", validation), ("test", test)):
-        if isinstance(part, float) and not 0 <= part < 1:
-            raise ValueError(f"--{name} {part:g}: expected a fraction from 0 to below 1, or a file that exists")
-    if folds and (folds < 2 or isinstance(validation, Path) or test):
-        raise ValueError(
-            f"--folds {folds}: expected at least 2, no --test, and a fraction for --validation: every fold's test set "
-            "is a part of FILE"
-        )
-    for option, value in (("--min-count", min_count), ("--shards", shards)):
-        if value < 1:
-            raise ValueError(f"{option} {value}: expected at least 1")
+def _dealt(plan: Plan) -> _Dealt:
+    given, lower = plan.given(), plan.case()
+    texts = [read_text(path, plan.encoding, lower) for path in plan.files()]
+    classes = classes_of(texts[0]) if given is None else given.classes
+    check_labels(texts, classes, plan.vocabulary_from or plan.file)
+    if plan.into is not None:
+        return _Dealt(texts, classes, {plan.into: in_random_order(texts[0], plan.seed)})
+    own = iter(texts[1:])
+    judged, tested = (next(own) if isinstance(part, Path) else part for part in plan.parts)
+    return _Dealt(texts, classes, deal(texts[0], judged, tested, plan.folds, plan.seed))
 
 
-def _train_of(name: str) -> str:
-    return name[: name.rfind("/") + 1] + "train"
+def _fold_of(name: str) -> str:
+    """ "fold-00" for a set "fold-00/train", "" where there are no folds."""
+    return name.rpartition("/")[0]
+
+
+def _numbered(comm: Comm, plan: Plan, dealt: _Dealt) -> dict[str, Vocabulary]:
+    """The words that each fold's sets are numbered by (collective)."""
+    first: dict[str, list[Sentence]] = {}
+    for name, held in dealt.sets.items():
+        first.setdefault(_fold_of(name), held)
+    given = plan.given()
+    if given is not None:
+        return dict.fromkeys(first, given.words)
+    path = plan.vectors
+    have: list[str] = [] if path is None else comm.on_root(lambda: _with_vectors(path, dealt.texts))
+    return {
+        fold: Vocabulary(tuple(vocabulary(held, plan.min_count, have)), unknown=0, sentence_end=None)
+        for fold, held in first.items()
+    }
 
 
 def _with_vectors(path: Path, texts: Sequence[Text]) -> list[str]:
     return sorted(read_vectors(path, {word for t in texts for s in t.sentences for word in s.words})[0])
 
 
-def _lines(texts: Sequence[Text], cut: dict[str, list[list[Sentence]]], names: dict[str, list[str]]) -> list[str]:
+def _lines(
+    texts: Sequence[Text], cut: Mapping[str, list[list[Sentence]]], words: Mapping[str, Vocabulary]
+) -> list[str]:
+    """What a preparation is told from another by, beside its options."""
     lines = [f"{text.encoding} {sha256_of(text.path)}" for text in texts]
     lines += [f"{name} {i} {s.key}" for name, held in cut.items() for i, piece in enumerate(held) for s in piece]
-    return lines + [f"{name} {word}" for name, words in names.items() for word in words]
+    return lines + [f"{fold} {word}" for fold, known in words.items() for word in known.words]
 
 
 def build_pair(
-    sentences: Sequence[Sentence], folder: Path, index: int, count: int, numbers: dict[str, int],
-    class_of: dict[str, int], advance: Advance,
+    sentences: Sequence[Sentence], folder: Path, index: int, count: int, known: Vocabulary, class_of: dict[str, int],
+    advance: Advance,
 ) -> dict[str, Any]:
     """Write the pair of shards `index` of `count`, and return its record.
 
-    numbers   word -> number, the unknown word's among them
+    known     the words that have a number
     class_of  label -> class
     advance   called with the number of words after every sentence
 
     Returns {"files": [the words file's summary, the labels file's], "utterances", "frames": words, "longest", "words":
     occurrences of every number, "labels": sentences of every class}.
     """
+    numbers = {word: number for number, word in enumerate(known.words)}
     words, labels = np.zeros(len(numbers), np.int64), np.zeros(len(class_of), np.int64)
     longest = 0
     word_file = ShardWriter(folder / shard_name("features", index, count), {"words": ((), np.int32)})
     label_file = ShardWriter(folder / shard_name("labels", index, count), {"labels": ((), np.int32)})
     with word_file, label_file:
         for sentence in sentences:
-            ids = np.array([numbers.get(word, numbers[UNKNOWN]) for word in sentence.words], np.int32)
+            ids = np.array([numbers.get(word, known.unknown) for word in sentence.words], np.int32)
             word_file.append(sentence.key, {"words": ids})
             label_file.append(sentence.key, {"labels": np.array([class_of[sentence.label]], np.int32)})
             np.add.at(words, ids, 1)
@@ -179,12 +169,12 @@ def build_pair(
 
 
 def _finish(
-    folders: dict[str, Path], records: dict[str, list[Any]], names: dict[str, list[str]], classes: list[str],
-    description: dict[str, Any], prepared: dict[str, Any],
+    folders: dict[str, Path], records: dict[str, list[Any]], words: Mapping[str, Vocabulary], classes: list[str],
+    prepared: dict[str, Any],
 ) -> None:
     """Write every set's manifest, then remove what only an unfinished preparation needs."""
     for name in reversed(folders):
-        words = names[_train_of(name)]
+        known = words[_fold_of(name)]
         counts = {what: [sum(c) for c in zip(*(r[what] for r in records[name]), strict=True)] for what in (
             "words", "labels")}
         write_json(folders[name] / MANIFEST, {
@@ -192,9 +182,10 @@ def _finish(
             "kind": "sentences",
             "fields": {
                 "words": {
-                    "dtype": "int32", "classes": len(words), "names": words, "counts": counts["words"],
-                    "unknown": words.index(UNKNOWN), "longest": max(r["longest"] for r in records[name]),
-                    "description": description,
+                    "dtype": "int32", "classes": len(known.words), "names": list(known.words),
+                    "counts": counts["words"], "unknown": known.unknown,
+                    "longest": max(record["longest"] for record in records[name]),
+                    "description": {"lower": prepared["lower"]},
                 },
                 "labels": {
                     "dtype": "int32", "classes": len(classes), "names": classes, "counts": counts["labels"],
@@ -222,11 +213,6 @@ def _summary(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, comm: Comm) -> int:
     """What `trireme prepare sentences` does (collective): 0. Raises as `prepare_sentences` does, on every rank."""
-    comm.on_root(lambda: [plain(part_of(part)) for part in (args.validation, args.test)])
-    report = prepare_sentences(
-        comm, args.file, args.out, folds=args.folds, validation=part_of(args.validation), test=part_of(args.test),
-        encoding=args.encoding, min_count=args.min_count, lower=args.lower, vectors=args.vectors, seed=args.seed,
-        shards=args.shards, overwrite=args.overwrite,
-    )
-    comm.on_root(partial(show, report, args.out))
+    report = prepare_sentences(comm, args.file, args.out, overwrite=args.overwrite, **choices_of(args))
+    comm.on_root(lambda: show(report, args.out))
     return 0

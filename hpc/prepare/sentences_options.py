@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from hpc.prepare.sentence_lines import Part
+from hpc.prepare.options import part_of, show_prepared
+from hpc.prepare.sentence_plan import HELD
 
 ABOUT = """Write data sets of labelled sentences to OUT/train, OUT/validation and OUT/test, or with --folds to
 OUT/fold-00/train ... for cross-validation ('trireme folds' trains on them all).
@@ -30,6 +28,9 @@ EXAMPLES = """examples:
 
   with word vectors, every word that has one is known, also where it occurs in test sentences alone:
     trireme prepare sentences rt-polarity.all data/mr --folds 10 --vectors glove.6B.300d.txt
+
+  another test set for a model that was trained on data/cr/train:
+    trireme prepare sentences reviews.txt data/cr --set reviews --vocabulary-from data/cr/train
 """
 
 
@@ -40,8 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="the folder to write data sets to")
     add("--folds", type=int, default=0, metavar="K",
         help="cross-validation: another Kth of FILE is the test set each time")
-    add("--validation", default="0.1", metavar="F|FILE", help="this fraction, or this file (default 0.1; 0: none)")
-    add("--test", default="0", metavar="F|FILE", help="this fraction, or this file (default 0: none)")
+    add("--validation", metavar="F|FILE",
+        help=f"this fraction, or this file (default {HELD}; 0: none; what reads as a number is one: ./0.1 is a file)")
+    add("--test", metavar="F|FILE", help="this fraction, or this file (default 0: none)")
+    add("--set", metavar="NAME", help="write all of FILE to OUT/NAME and hold nothing out, e.g. another test set")
+    add("--vocabulary-from", type=Path, metavar="DATASET", help="another data set's words, numbers, case and classes")
     add("--encoding", default="auto", metavar="NAME",
         help="of the files, e.g. utf-8, latin-1 (default auto: UTF-8, or latin-1 for a file that is not)")
     add("--min-count", type=int, default=1, metavar="N",
@@ -54,42 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remove what another preparation left in the sets' folders")
 
 
-def part_of(text: str) -> Part:
-    """A fraction if it reads as a number, else a file (./0.1 is one). Raises ValueError if that does not exist."""
-    try:
-        return float(text)
-    except ValueError:
-        if not Path(text).is_file():
-            raise ValueError(f"'{text}' is neither a fraction, e.g. 0.1, nor a file") from None
-        return Path(text)
-
-
-def plain(part: Part) -> float | str:
-    """A part as it is kept in JSON."""
-    return str(part) if isinstance(part, Path) else part
+def choices_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options choose, as `Plan` takes it."""
+    judged, tested = (None if given is None else part_of(given) for given in (args.validation, args.test))
+    names = ("folds", "vocabulary_from", "encoding", "min_count", "lower", "vectors", "seed", "shards")
+    return {"validation": judged, "test": tested, "into": args.set} | {name: getattr(args, name) for name in names}
 
 
 def show(report: dict[str, Any], out: Path) -> None:
     """Print what was prepared."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("set", "sentences", "words", "longest", "vocabulary", "unknown", "classes", "majority"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("set", "majority") else "right")
-    for row in report["sets"]:
-        name, share = row["majority"]
-        table.add_row(
-            row["set"], f"{row['sentences']:,}", f"{row['words']:,}", str(row["longest"]), f"{row['vocabulary']:,}",
-            f"{row['unknown']:.2%}", str(row["classes"]), f"{share:.1%} {name}",
-        )
-    console.print(table)
-    say = [f"note: {note}" for note in report["notes"]]
-    if report["resumed"]:
-        say.append(f"{report['resumed']} shards were finished before and were kept")
-    if report["state"] == "finished":
-        say.append(f"'{out}' was finished before with the same options and data; nothing was done")
-    else:
-        say.append(f"written to '{out}' in {report['seconds']:.1f} s")
-    for line in say:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    rows = [(
+        row["set"], f"{row['sentences']:,}", f"{row['words']:,}", str(row["longest"]), f"{row['vocabulary']:,}",
+        f"{row['unknown']:.2%}", str(row["classes"]), f"{row['majority'][1]:.1%} {row['majority'][0]}",
+    ) for row in report["sets"]]
+    columns = ("set", "sentences", "words", "longest", "vocabulary", "unknown", "classes", "majority")
+    show_prepared(report, out, columns, rows)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from collectives.comm import Comm
+from hpc.everywhere import made_everywhere
 from hpc.prepare import journal
 from hpc.prepare.holdout import runs
 from hpc.prepare.rounds import Advance, build_in_rounds
@@ -26,7 +27,7 @@ from hpc.prepare.stretches import hold_out
 from hpc.prepare.text_options import add_arguments as add_arguments
 from hpc.prepare.text_options import checked, choice_of, files_of, show
 from hpc.prepare.texts import Lines, Texts, find_texts, names_of, scan_texts
-from hpc.prepare.vocabulary import Choice, Vocabulary, words_of
+from hpc.prepare.vocabulary import Choice, Vocabulary, lower_of
 from hpc.shards import MANIFEST, SCHEMA, DataError, ShardWriter, read_manifest, shard_name, write_json
 
 Cut = dict[str, list[list[str]]]  # set -> its shards' utterances, the training set first
@@ -56,10 +57,10 @@ def prepare_text(
     """
     started = time.monotonic()
     held, choice = held or {}, vocabulary or Choice()
-    lower = comm.on_root(lambda: _lower(lower, choice))
+    lower = comm.on_root(lambda: lower_of(lower, choice.dataset, "text"))
     found = comm.on_root(lambda: _as_text(find_texts(files)))
     texts = scan_texts(comm, names_of([Path(p) for paths in found.values() for p in paths]), encoding, lower)
-    cut = _cut(texts, {name: len(paths) for name, paths in found.items()}, held, shards)
+    cut = made_everywhere(comm, lambda: _cut(texts, {name: len(paths) for name, paths in found.items()}, held, shards))
     options = comm.on_root(lambda: {
         "files": {name: [path.name for path in paths] for name, paths in files.items()}, "held": dict(held),
         "encoding": texts.encoding, "lower": lower, "shards": shards, **choice.options(),
@@ -82,16 +83,6 @@ def prepare_text(
     report["sets"] = comm.on_root(lambda: [_summary(name, read_manifest(folder)) for name, folder in folders.items()])
     report["notes"] = comm.on_root(lambda: read_manifest(next(iter(folders.values())))["prepared"]["notes"])
     return {**report, "seconds": time.monotonic() - started}
-
-
-def _lower(lower: bool, choice: Choice) -> bool:
-    """Whether words are read in lower case: as in the data set that the vocabulary comes from, if there is one."""
-    if choice.dataset is None:
-        return lower
-    theirs = words_of(choice.dataset)["description"]["lower"]
-    if lower and not theirs:
-        raise ValueError(f"--lower: the words of '{choice.dataset}' are not in lower case; leave out --lower")
-    return theirs
 
 
 def _as_text(found: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
@@ -149,9 +140,13 @@ def _vocabulary(comm: Comm, texts: Texts, pieces: Sequence[Sequence[str]], choic
     total: Tally[str] = Tally()
     for counts, _ in everyone:
         total.update(counts)
-    if not total:
-        raise DataError("the text to count words in has none, only empty lines; give text with words")
+    comm.on_root(lambda: _refuse_nothing(total))
     return choice.count(total, sum(lines for _, lines in everyone))
+
+
+def _refuse_nothing(counts: Mapping[str, int]) -> None:
+    if not counts:
+        raise DataError("the text to count words in has none, only empty lines; give text with words")
 
 
 def build_shard(

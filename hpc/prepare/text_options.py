@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from hpc.prepare.options import check_set, part_of, show_prepared
 from hpc.prepare.vocabulary import Choice
 
 ABOUT = """Write running text as data sets for language models to OUT/train, OUT/validation and OUT/test: words as
@@ -58,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(fewer if it is short); the last lines of every part are held out, validation's first, then the test's.",
     ).add_argument
     add("--validation", action="append", metavar="FILE|F",
-        help="a file or folder, repeatable, or a fraction of FILES' lines (default 0.05; 0: none)")
+        help="a file or folder, repeatable, or a fraction of FILES' lines (default 0.05; 0: none; ./0.1: a file)")
     add("--test", action="append", metavar="FILE|F", help="the same for OUT/test (default: none)")
     add("--set", metavar="NAME", help="write all of FILES to OUT/NAME and hold nothing out, e.g. another test set")
 
@@ -77,8 +75,7 @@ def checked(args: argparse.Namespace) -> dict[str, Any]:
     if args.set is not None:
         if args.validation is not None or args.test is not None:
             raise ValueError("--set writes one set and holds nothing out; leave out --set, or --validation and --test")
-        if not args.set.replace("-", "").replace("_", "").isalnum():
-            raise ValueError(f"--set '{args.set}': expected a name of letters, digits, '-' and '_', e.g. test")
+        check_set(args.set)
     if args.vocabulary_from is not None and (args.sentence_end is not None or args.unknown is not None):
         raise ValueError("--vocabulary-from brings its own --sentence-end and --unknown; leave them out")
     files_of(args)
@@ -96,22 +93,15 @@ def files_of(args: argparse.Namespace) -> tuple[dict[str, list[Path]], dict[str,
         return files, {}
     held = {}
     for name, given in (("validation", args.validation or [str(HELD)]), ("test", args.test or ["0"])):
-        fractions = [fraction for fraction in map(_fraction, given) if fraction is not None]
-        if not fractions:
-            files[name] = [Path(file) for file in given]
-        elif len(given) == 1:
-            held[name] = fractions[0]
+        parts = [part_of(part) for part in given]
+        paths = [part for part in parts if isinstance(part, Path)]
+        if len(paths) == len(parts):
+            files[name] = paths
+        elif isinstance(parts[0], float) and len(parts) == 1:
+            held[name] = parts[0]
         else:
-            raise ValueError(f"--{name} {' '.join(given)}: expected one fraction, or files")
+            raise ValueError(f"--{name} {' '.join(given)}: expected one fraction, or files (./0.1 is one)")
     return files, held
-
-
-def _fraction(text: str) -> float | None:
-    """A number, unless there is a file of that name."""
-    try:
-        return None if Path(text).exists() else float(text)
-    except ValueError:
-        return None
 
 
 def choice_of(args: argparse.Namespace) -> Choice:
@@ -129,24 +119,8 @@ def _path(name: str | None) -> Path | None:
 
 def show(report: dict[str, Any], out: Path) -> None:
     """Print what was prepared: a table of the sets, and what is worth knowing."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("set", "shards", "sentences", "words", "vocabulary", "unknown"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading == "set" else "right")
-    for row in report["sets"]:
-        table.add_row(
-            row["set"], str(row["shards"]), f"{row['sentences']:,}", f"{row['words']:,}", f"{row['vocabulary']:,}",
-            f"{row['unknown']:.2%}",
-        )
-    console.print(table)
-    say = [f"note: {note}" for note in report["notes"]]
-    if report["resumed"]:
-        say.append(f"{report['resumed']} shards were finished before and were kept")
-    if report["state"] == "finished":
-        say.append(f"'{out}' was finished before with the same options and data; nothing was done")
-    else:
-        say.append(f"written to '{out}' in {report['seconds']:.1f} s")
-    for line in say:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    rows = [(
+        row["set"], str(row["shards"]), f"{row['sentences']:,}", f"{row['words']:,}", f"{row['vocabulary']:,}",
+        f"{row['unknown']:.2%}",
+    ) for row in report["sets"]]
+    show_prepared(report, out, ("set", "shards", "sentences", "words", "vocabulary", "unknown"), rows)

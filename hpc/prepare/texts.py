@@ -176,7 +176,6 @@ def find_texts(given: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
     Raises DataError for one that is not there or given twice.
     """
     found: dict[str, list[Path]] = {}
-    seen: set[Path] = set()
     for name, paths in given.items():
         found[name] = []
         for path in paths:
@@ -189,12 +188,18 @@ def find_texts(given: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
                 raise DataError(f"there is no file '{path}' to read text from")
             if not files:
                 raise DataError(f"folder '{path}' holds no files to read text from")
-            for file in files:
-                if file.resolve() in seen:
-                    raise DataError(f"'{file}' is given twice; a text is for one set, once")
-                seen.add(file.resolve())
             found[name] += files
+    refuse_repeated([file for files in found.values() for file in files])
     return found
+
+
+def refuse_repeated(files: Iterable[Path]) -> None:
+    """Raise DataError for a file that is given twice, be it under two names."""
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise DataError(f"'{file}' is given twice; a text is for one set, once")
+        seen.add(file.resolve())
 
 
 def names_of(paths: Sequence[Path]) -> dict[str, Path]:

@@ -82,14 +82,13 @@ class Choice:
         if self.file is not None:
             made["vocabulary"] = {"file": self.file.name, "sha256": _digest(self.file)}
         if self.dataset is not None:
-            read_manifest(self.dataset)
-            made["vocabulary_from"] = {"folder": str(self.dataset), "sha256": sha256_of(self.dataset / MANIFEST)}
+            made["vocabulary_from"] = named(self.dataset)
         return made
 
     def given(self, encoding: str) -> Vocabulary:
         """The vocabulary of the file or the data set. Raises DataError for one that cannot be used."""
         if self.dataset is not None:
-            about = words_of(self.dataset)
+            about = fields_of(self.dataset, "text")["words"]
             return Vocabulary(tuple(about["names"]), about["unknown"], about["sentence_end"])
         assert self.file is not None
         words = list(read_words(self.file, encoding))
@@ -119,15 +118,34 @@ class Choice:
         return Vocabulary(words, words.index(self.unknown), end)
 
 
-def words_of(dataset: Path) -> dict[str, Any]:
-    """What a data set of text says of its words. Raises DataError if it is none."""
+def fields_of(dataset: Path, kind: str) -> dict[str, Any]:
+    """What a data set to take words from says of its fields. Raises DataError if it is of another kind."""
     manifest = read_manifest(dataset)
-    if manifest.get("kind") != "text":
+    if manifest.get("kind") != kind:
         raise DataError(
-            f"'{dataset}' is a data set of kind '{manifest.get('kind')}', not of text; give one that "
-            "'trireme prepare text' wrote for --vocabulary-from"
+            f"'{dataset}' is a data set of kind '{manifest.get('kind')}', not of {kind}; give one that "
+            f"'trireme prepare {kind}' wrote for --vocabulary-from"
         )
-    return manifest["fields"]["words"]
+    return manifest["fields"]
+
+
+def lower_of(lower: bool, dataset: Path | None, kind: str) -> bool:
+    """Whether words are read in lower case: as in the data set of this kind that words are taken from, if there is one.
+
+    Raises ValueError if that has capitals and `lower` is asked for, DataError as `fields_of`.
+    """
+    if dataset is None:
+        return lower
+    theirs = fields_of(dataset, kind)["words"]["description"]["lower"]
+    if lower and not theirs:
+        raise ValueError(f"--lower: the words of '{dataset}' are not in lower case; leave out --lower")
+    return theirs
+
+
+def named(dataset: Path) -> dict[str, str]:
+    """A data set as it is kept among a preparation's options. Raises DataError if there is none."""
+    read_manifest(dataset)
+    return {"folder": dataset.name, "sha256": sha256_of(dataset / MANIFEST)}
 
 
 def read_words(path: Path, encoding: str) -> dict[str, int]:

@@ -55,11 +55,11 @@ def _uniform(weight: torch.Tensor, half_range: float, generator: torch.Generator
         weight.uniform_(-half_range, half_range, generator=generator)
 
 
-def _set_forget(bias: torch.Tensor, low: int, high: int, value: float) -> None:
-    """All of a bias 0, but a gate's part [low, high)."""
+def _set_bias(bias: torch.Tensor, width: int, forget: float) -> None:
+    """All of a bias 0, but the forget gate's, which is the second."""
     with torch.no_grad():
         bias.zero_()
-        bias[low:high] = value
+        bias[width : 2 * width] = forget
 
 
 class SRU(torch.nn.Module):
@@ -69,8 +69,9 @@ class SRU(torch.nn.Module):
     activation     g: "tanh", "relu" or "identity"
     highway        "fit": W_h x only where I and D differ; "always": everywhere (appendix A.1)
     later          the later SRU (Lei et al. 2018, a departure): c_{t-1} in the gates, and the highway's input times
-                   sqrt(1 + 2 exp(b_r)) at the start
+                   sqrt(1 + 2 exp(b_r)), of b_r at the start
     forget_bias    b_f at the start
+    highway_bias   b_r at the start; below 0, a layer begins by passing on what it is given
     variational    of what goes into the products
     dropout        of g(c)
     reverse        from the last step to the first
@@ -78,7 +79,8 @@ class SRU(torch.nn.Module):
 
     def __init__(
         self, inputs: int, width: int, *, activation: str = "tanh", highway: str = "fit", later: bool = False,
-        forget_bias: float = FORGET_BIAS, variational: float = 0.0, dropout: float = 0.0, reverse: bool = False,
+        forget_bias: float = FORGET_BIAS, highway_bias: float = 0.0, variational: float = 0.0, dropout: float = 0.0,
+        reverse: bool = False,
     ):
         super().__init__()
         self.states: tuple[int, ...] = (width,)
@@ -87,14 +89,17 @@ class SRU(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(2 * width))
         self.v = torch.nn.Parameter(torch.empty(2 * width)) if later else None
         self.activation, self.reverse = activation, reverse
-        self.forget_bias, self.variational, self.dropout = forget_bias, variational, dropout
-        self.scale = math.sqrt(3.0) if later else 1.0  # with b_r = 0
+        self.forget_bias, self.highway_bias = forget_bias, highway_bias
+        self.variational, self.dropout = variational, dropout
+        self.scale = math.sqrt(1.0 + 2.0 * math.exp(highway_bias)) if later else 1.0
         self.initialise(torch.Generator())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Uniform weights of deviation 1 / sqrt(I), biases 0 but b_f."""
+        """Uniform weights of deviation 1 / sqrt(I), biases as they were asked for."""
         _uniform(self.weight, math.sqrt(3.0 / self.weight.shape[1]), generator)
-        _set_forget(self.bias, 0, self.states[0], self.forget_bias)
+        with torch.no_grad():
+            self.bias[: self.states[0]] = self.forget_bias
+            self.bias[self.states[0] :] = self.highway_bias
         if self.v is not None:
             _uniform(self.v, math.sqrt(3.0 / len(self.v)), generator)
 
@@ -133,7 +138,7 @@ class QRNN(torch.nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Uniform weights of deviation 1 / sqrt(inputs of the convolution), biases 0 but f's."""
         _uniform(self.weight, math.sqrt(3.0 / self.weight.shape[1]), generator)
-        _set_forget(self.bias, self.states[0], 2 * self.states[0], self.forget_bias)
+        _set_bias(self.bias, self.states[0], self.forget_bias)
 
     def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
@@ -179,7 +184,7 @@ class Torch(torch.nn.Module):
             if name.startswith("weight"):
                 _uniform(parameter, 1.0 / math.sqrt(width), generator)
                 continue
-            _set_forget(parameter, width, 2 * width, self.forget_bias if name.startswith("bias_ih") else 0.0)
+            _set_bias(parameter, width, self.forget_bias if name.startswith("bias_ih") else 0.0)
 
     def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
@@ -231,7 +236,8 @@ class Recurrent(torch.nn.Module):
     inputs, width  I and D; of both directions each
     layers         N
     bidirectional  whether every layer also runs from the last step to the first; its outputs stand beside the others
-    options        of every cell: `forget_bias`, `variational` and `dropout`; SRU's `activation` and `highway`
+    options        of every cell: `forget_bias`, `variational` and `dropout`; SRU's `activation`, `highway` and
+                   `highway_bias`
 
     `outputs` is how wide the outputs are.
     """
