@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import native, sru
-from kernels.product import product
+from kernels.product import by_rows, product
 from kernels.sru import ACTIVATIONS, layer, recurrence, reference
 
 KINDS = list(combined(ACTIVATIONS, (3, 4), (False, True), (False, True), (False, True)))  # g, K, v, mask, reverse
@@ -343,7 +343,7 @@ def test_a_layer_is_its_product_and_its_recurrence(width, inputs, apart):
 
 def test_products_by_either_library():
     torch.manual_seed(1)
-    for rows, inner, columns in ((3, 5, 7), (300, 200, 400), (900, 128, 800), (1500, 40, 1500)):
+    for rows, inner, columns in ((3, 5, 7), (300, 200, 400), (900, 128, 800), (1500, 40, 1500), (2100, 64, 130)):
         a, b, plus = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
         for left, right in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
             for more in (None, plus):
@@ -351,6 +351,23 @@ def test_products_by_either_library():
                 kept = None if more is None else more.clone()
                 torch.testing.assert_close(product(left, right, more).double(), wanted, rtol=1e-5, atol=1e-4)
                 assert more is None or torch.equal(more, kept)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_transposed_matrix_is_turned_exactly(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, columns in ((1, 1), (7, 9), (8, 8), (16, 24), (129, 37), (300, 1), (1, 300), (1000, 515)):
+            matrix = torch.randn(rows, columns)
+            turned = by_rows(matrix.t())
+            assert torch.equal(turned, matrix.t())
+            assert native.library() is None or turned.is_contiguous()
+        assert by_rows(matrix) is matrix
+        apart = torch.randn(40, 60)[:, ::2]  # neither one nor the other
+        assert by_rows(apart) is apart
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_does_not_fit_is_refused():
