@@ -32,7 +32,7 @@ ALLREDUCE_EXAMPLES = """examples:
 SRU_EXAMPLES = """examples:
   trireme bench sru                                    figure 1 of the SRU paper: some hours
   trireme bench sru --d 512 --length 128 --batch 32 --threads 1
-  trireme bench sru --d 128,1024 --precision bfloat16 --out sru.jsonl
+  trireme bench sru --d 128,1024 --precision bfloat16 --out sru.jsonl --plot sru.png
 
 The package `sru` is measured too where it is installed (pip install sru).
 """
@@ -125,6 +125,7 @@ def sru_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=positive(float), default=20.0, metavar="S",
         help="begin no further round of a size and pass after so long, but for the first three (default 20)",
     )
+    parser.add_argument("--plot", metavar="FILE", type=picture, help="draw forward with backward (PNG)")
 
 
 def precisions(text: str) -> list[str]:

@@ -62,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             arguments.d, arguments.length, arguments.batch, arguments.threads, arguments.precision
         )
     ]  # fmt: skip
+    found: list[dict[str, Any]] = []
     keep_freed_memory()  # as in training
     for number, size in enumerate(sizes):
         say(f"{number + 1} of {len(sizes)}: {size}")
@@ -70,9 +71,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for which in PASSES:
             seconds = _timed(sides, which, size, arguments.rounds, arguments.seconds)
             common = {**size._asdict(), "pass": which}
-            for name, taken in seconds.items():
-                yield {"what": "layer", "layer": name, **common, **spread(taken)}
+            found += [{"what": "layer", "layer": name, **common, **spread(taken)} for name, taken in seconds.items()]
+            yield from found[-len(seconds) :]
             yield _summary(seconds, common)
+    if arguments.plot:
+        from hpc.bench_sru_picture import draw  # matplotlib: only where it is wanted
+
+        arguments.plot.write_bytes(draw(found))
+        say(f"drawn: {arguments.plot}")
 
 
 def make_sides(size: Size) -> dict[str, Side]:

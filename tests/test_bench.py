@@ -194,9 +194,10 @@ def test_a_picture_of_anything_that_was_measured():
     assert (in_bytes(1 << 20), in_bytes(100)) == ("1 MiB", "100 B")
 
 
-def test_a_layer_of_sru():
+def test_a_layer_of_sru(tmp_path):
     words = ["sru", "--d", "8,16", "--length", "5", "--batch", "2", "--threads", "1", "--rounds", "2"]
-    records, said = launched(*words)
+    records, said = launched(*words, "--plot", str(tmp_path / "sru.png"))
+    assert (tmp_path / "sru.png").read_bytes().startswith(b"\x89PNG")
     layers = [record for record in records if record["what"] == "layer"]
     kinds = {(r["d"], r["dtype"], r["pass"]) for r in layers}
     assert len(kinds) == 8 and "4 of 4: d 16, length 5, batch 2, 1 thread, bfloat16" in said
