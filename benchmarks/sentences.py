@@ -86,7 +86,7 @@ def line(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     result = json.loads((setting.run(arguments.work) / "folds.json").read_text())
     folds = result["folds"][: arguments.folds]
     accuracies = [fold["test"]["accuracy"] for fold in folds]
-    seconds = [fold["epoch_s"] for fold in folds]
+    seconds = [fold["epoch_s"] for fold in folds if fold["epoch_s"] is not None]  # a fold resumed at its end has none
     return {
         "bench": "sentences", **setting._asdict(), "vectors": arguments.vectors or "learned",
         "epochs": statistics.fmean(fold["epochs"] for fold in folds), "folds": len(folds),
@@ -94,7 +94,7 @@ def line(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
         "accuracy_deviation": statistics.stdev(accuracies) if len(folds) > 1 else None,
         "validation_accuracy": statistics.fmean(fold["validation"]["accuracy"] for fold in folds),
         "best_epoch": statistics.fmean(fold["best_epoch"] for fold in folds),
-        "epoch_s": statistics.median(seconds), "epoch_s_of_folds": seconds,
+        "epoch_s": statistics.median(seconds) if seconds else None, "epoch_s_of_folds": seconds,
     }
 
 
@@ -115,10 +115,11 @@ def show(lines: list[dict[str, Any]]) -> None:
     for heading in ("set", "encoder", "dropout", "folds", "accuracy", "deviation", "best epoch", "s an epoch"):
         table.add_column(heading, justify="left" if heading in ("set", "encoder") else "right")
     for held in (held for held in lines if held["chosen"]):
-        deviation = held["accuracy_deviation"]
+        deviation, seconds = held["accuracy_deviation"], held["epoch_s"]
         table.add_row(
             held["set"], held["encoder"], f"{held['dropout']:g}", str(held["folds"]), f"{held['accuracy']:.2%}",
-            "–" if deviation is None else f"{deviation:.2%}", f"{held['best_epoch']:.1f}", f"{held['epoch_s']:.2f}",
+            "–" if deviation is None else f"{deviation:.2%}", f"{held['best_epoch']:.1f}",
+            "–" if seconds is None else f"{seconds:.2f}",
         )
     Console(stderr=True).print(table)
 
