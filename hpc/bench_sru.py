@@ -30,7 +30,7 @@ from models.layers.recurrent import SRU
 TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
 LEAST_ROUNDS = 3
 PASSES = ("forward", "forward+backward")
-FLOATS = {"forward": 6, "forward+backward": 6 + 13}  # a unit and step: read and written by the recurrence
+FLOATS = {"forward": 6, "forward+backward": 6 + 10}  # a unit and step: read and written by the recurrence
 
 
 class Size(NamedTuple):

@@ -11,7 +11,8 @@ u's fourth part, where there is one, is W_h x (appendix A.1) and stands for x_t.
 `scale` before x_t.
 
 A sequence that is shorter than the batch's longest keeps its state where it ends: outputs beyond it are 0, nothing
-there is read, and its gradients there are 0.
+there is read by the recurrence, and its gradients there are 0. A layer's product does read its padding, and the
+weights' gradient multiplies it by 0: it may be anything finite.
 
 What is large may lie in memory as bfloat16: u, x, h and their gradients. All arithmetic, the states and the gates are
 float32 all the same; so is c, which backward needs as exactly as forward had it.
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels import gpu, native
 from kernels.product import product
@@ -62,21 +64,22 @@ def recurrence(
     bias        [2 * D]: b_f, b_r
     c0_BD       the states before the first step
     v           [2 * D]: v_f, v_r of the later SRU; None: the paper's
-    lengths     int64 [B], 0 to T; None: all are T long
+    lengths     whole numbers [B], 0 to T, where u is; None: all are T long
     mask_TBD    what g(c) is multiplied by: 0, or 1 / (1 - p); None: nothing is dropped
     activation  g: "tanh", "relu" or "identity"
     reverse     from the last step to the first; a short sequence begins at its own end
     scale       of the highway's input
 
-    u, x and h are bfloat16 if u is; all else is taken as float32, unless u is float64. Raises ValueError if shapes do
-    not fit.
+    u, x and h are bfloat16 if u is; all else is taken as float32, unless u is float64. Raises ValueError if shapes or
+    devices do not fit.
     """
     stored, kind = _kinds(u_TBKD.dtype)
-    _check(u_TBKD.shape, x_TBD, c0_BD)
+    _check(u_TBKD.shape, x_TBD, bias, c0_BD, v, lengths, mask_TBD, activation, u_TBKD.device)
     u = u_TBKD.to(stored).contiguous()
     x = None if x_TBD is None else x_TBD.to(stored).contiguous()
     bias, c0 = bias.to(kind).contiguous(), c0_BD.to(kind).contiguous()
     v, mask = (None if t is None else t.to(kind).contiguous() for t in (v, mask_TBD))
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
     if not len(u):
         return u.new_zeros((0, *c0.shape)), c0.clone()
     return _Recurrence.apply(u, x, bias, c0, v, lengths, mask, activation, reverse, scale)
@@ -93,17 +96,19 @@ def layer(
     weight     [K * D, I]: W, W_f, W_r, and W_h if K = 4; if K = 3, x is the highway's input, and I = D
     given_TBI  what is multiplied by the weights if it is not x itself: x with some of it dropped
 
-    All else as in `recurrence`. Under autocast to bfloat16, x, the weights and h are bfloat16.
+    All else as in `recurrence`. Under autocast to bfloat16, x, the weights and h are bfloat16, unless x is float64.
     """
     device = x_TBI.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TBI.dtype
-    stored, kind = _kinds(dtype)
+    cast = torch.is_autocast_enabled(device) and x_TBI.dtype != torch.float64
+    stored, kind = _kinds(torch.get_autocast_dtype(device) if cast else x_TBI.dtype)
     if len(weight) == 4 * c0_BD.shape[1] and given_TBI is not None:
         x_TBI, given_TBI = given_TBI, None
     highway = None if len(weight) == 4 * c0_BD.shape[1] else x_TBI
-    _check(torch.Size((*x_TBI.shape[:2], len(weight))), highway, c0_BD)
+    shape = torch.Size((*x_TBI.shape[:2], len(weight)))
+    _check(shape, highway, bias, c0_BD, v, lengths, mask_TBD, activation, x_TBI.device)
     bias, c0 = bias.to(kind).contiguous(), c0_BD.to(kind).contiguous()
     v, mask = (None if t is None else t.to(kind).contiguous() for t in (v, mask_TBD))
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
     if not len(x_TBI):
         return x_TBI.new_zeros((0, *c0.shape), dtype=stored), c0.clone()
     return _Layer.apply(x_TBI, given_TBI, weight, bias, c0, v, lengths, mask, stored, activation, reverse, scale)
@@ -115,15 +120,29 @@ def _kinds(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return stored, torch.float64 if stored == torch.float64 else torch.float32
 
 
-def _check(shape: torch.Size, x: Tensor | None, c0: Tensor) -> None:
+def _check(
+    shape: torch.Size, x: Tensor | None, bias: Tensor, c0: Tensor, v: Tensor | None, lengths: Tensor | None,
+    mask: Tensor | None, activation: str, device: torch.device,
+) -> None:
+    """Refuse what would have a fused pass read or write outside of its arrays; `shape` is u's."""
     steps, batch, width = shape
-    d = c0.shape[1]
+    d = c0.shape[-1]
     given = width == 3 * d and x is not None and x.shape == (steps, batch, d)
     if not (given or (width == 4 * d and x is None)):
         raise ValueError(
             f"u {tuple(shape)} and x {None if x is None else tuple(x.shape)} do not fit {d} units: u needs 3 parts and "
             "x as wide as the units, or 4 parts and no x"
         )
+    for name, tensor, wanted in (
+        ("bias", bias, (2 * d,)), ("the state", c0, (batch, d)), ("v", v, (2 * d,)), ("lengths", lengths, (batch,)),
+        ("mask", mask, (steps, batch, d)),
+    ):
+        if tensor is not None and tensor.shape != wanted:
+            raise ValueError(f"{name} {tuple(tensor.shape)} does not fit u {tuple(shape)}: expected {wanted}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {device}; put them on one")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation '{activation}' is unknown; choose from {', '.join(ACTIVATIONS)}")
 
 
 class _Recurrence(torch.autograd.Function):
@@ -138,6 +157,7 @@ class _Recurrence(torch.autograd.Function):
         return h, (c[0] if reverse else c[-1]).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         grad_u, grad_x, *rest = _gradients(ctx.saved_tensors, grad_h, grad_last, ctx.options)
         return (grad_u, grad_x, *rest, None, None, None, None, None)
@@ -161,6 +181,7 @@ class _Layer(torch.autograd.Function):
         return h, (c[0] if reverse else c[-1]).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         first, weight, *saved = ctx.saved_tensors
         grad_u, grad_highway, *rest = _gradients(saved, grad_h, grad_last, ctx.options)

@@ -272,8 +272,9 @@ def test_compiled_graphs_hold_it_whole_and_give_the_same():
         assert torch.equal(found, expected)
 
 
-def test_compiled_graphs_hold_a_layer_whole():
-    given, weight = made(5, 3, 8), torch.randn(24, 8, requires_grad=True)
+@pytest.mark.parametrize("steps, batch, d", [(5, 3, 8), (32, 64, 256)])  # products by one library, and by the other
+def test_compiled_graphs_hold_a_layer_whole(steps, batch, d):
+    given, weight = made(steps, batch, d), torch.randn(3 * d, d, requires_grad=True)
     leaves = [given["x"], weight, given["bias"], given["c0"]]
 
     def act(x, weight, bias, c0):
@@ -300,7 +301,43 @@ def test_the_operators_are_what_torch_expects_of_them():
             )
 
 
+def test_autocast_leaves_products_alone_that_it_does_not_ask_for():
+    torch.manual_seed(1)
+    for dtype, kind in ((torch.float64, torch.bfloat16), (torch.float32, torch.float16)):
+        x, weight = torch.randn(4, 3, 8, dtype=dtype), torch.randn(24, 8, dtype=dtype, requires_grad=True)
+        bias, c0 = torch.randn(16, dtype=dtype), torch.zeros(3, 8, dtype=dtype)
+        h, _ = layer(x, weight, bias, c0)
+        (wanted,) = torch.autograd.grad(h.sum(), weight)
+        with torch.autocast("cpu", kind):
+            found, _ = layer(x, weight, bias, c0)
+            assert torch.equal(found, h) and found.dtype == dtype
+            assert torch.equal(torch.autograd.grad(found.sum(), weight)[0], wanted)
+
+
+def test_second_derivatives_are_refused():
+    given = made(4, 2, 3)
+    (grad,) = torch.autograd.grad(run(given)[0].square().sum(), given["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_of_a_whole_layer():
+    torch.manual_seed(1)
+    for inputs, parts, activation in ((4, 3, "tanh"), (4, 4, "identity"), (5, 4, "relu")):
+        x, weight = torch.randn(3, 2, inputs).double(), torch.randn(parts * 4, inputs).double()
+        bias, c0, v = torch.randn(8).double(), torch.randn(2, 4).double(), torch.randn(8).double()
+        given = x * (torch.rand(2, inputs) > 0.3)
+        leaves = [t.requires_grad_() for t in (x, weight, bias, c0, v, given)]
+
+        def act(x, weight, bias, c0, v, given, activation=activation):
+            lengths = torch.tensor([3, 2])
+            return layer(x, weight, bias, c0, given_TBI=given, v=v, lengths=lengths, activation=activation)
+
+        assert torch.autograd.gradcheck(act, leaves)
+
+
 def test_under_autocast_state_and_gates_are_float32():
+    torch.manual_seed(1)
     given = made(5, 3, 8)
     weight = torch.randn(24, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -368,6 +405,40 @@ def test_a_transposed_matrix_is_turned_exactly(threads):
         assert by_rows(apart) is apart
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_transposed_matrix_is_turned_whatever_the_defaults_are():
+    matrix = torch.randn(60, 70)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(by_rows(matrix.t()), matrix.t())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    checks = ("test_schema", "test_faketensor")
+    for plus in (None, torch.randn(60, 60)):
+        torch.library.opcheck(torch.ops.trireme.product, (matrix, matrix, plus), test_utils=checks)
+
+
+def test_what_would_be_read_beyond_its_end_is_refused():
+    given = made(5, 3, 7, peephole=True, masked=True)
+    for name, wrong in (
+        ("bias", given["bias"][:-1]), ("c0", given["c0"][:1]), ("v", given["v"][:-1]), ("mask", given["mask"][:1]),
+    ):
+        with pytest.raises(ValueError, match="does not fit u"):
+            run(given | {name: wrong})
+        with pytest.raises(ValueError, match="does not fit u"):
+            layer(
+                given["x"], torch.zeros(21, 7),
+                **{argument: (given | {name: wrong})[key] for argument, key in (
+                    ("bias", "bias"), ("c0_BD", "c0"), ("v", "v"), ("mask_TBD", "mask")
+                )},
+            )
+    with pytest.raises(ValueError, match=r"lengths \(1,\) does not fit"):
+        run(given, torch.tensor([5]))
+    with pytest.raises(ValueError, match="activation 'gelu' is unknown; choose from identity, tanh, relu"):
+        run(given, activation="gelu")
+    wide = torch.tensor([5, 9, 3, 9, 1, 9], dtype=torch.int32)[::2]  # of another type, and not side by side
+    assert torch.equal(run(given, wide)[0], run(given, torch.tensor([5, 3, 1]))[0])
 
 
 def test_what_does_not_fit_is_refused():

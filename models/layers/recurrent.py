@@ -2,7 +2,7 @@
 
 Length-major: the step comes first, as paper 001's equation (8) has it. A sequence that is shorter than the batch's
 longest ends where it ends: its outputs beyond are 0, its state is that of its last step, and what stands in the padding
-never changes anything.
+never changes anything, as long as it is finite.
 
 Dropout as in paper 001, section 2.1: variational (one mask for all steps) on what goes into matrix products, standard
 (a mask for every step) on g(c) before SRU's highway; other cells, which have none, have it on their outputs. Masks come
@@ -83,6 +83,8 @@ class SRU(torch.nn.Module):
         reverse: bool = False,
     ):
         super().__init__()
+        if highway not in ("fit", "always"):
+            raise ValueError(f"highway '{highway}' is unknown; choose from fit, always")
         self.states: tuple[int, ...] = (width,)
         self.parts = 3 if highway == "fit" and inputs == width else 4
         self.weight = torch.nn.Parameter(torch.empty(self.parts * width, inputs))
