@@ -65,7 +65,20 @@ class Registered(dict[str, Any]):
 
 def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
     """The recipe's task for data of these field descriptions. Raises ValueError for options that do not go together."""
-    task: Task = registry()["task"][recipe.task.name](fields, **options(recipe.task))
+    kind = registry()["task"][recipe.task.name]
+    missing = [name for name in (*getattr(kind, "fields", ()), *getattr(kind, "targets", ())) if name not in fields]
+    if missing:
+        raise ValueError(
+            f"task '{recipe.task.name}' needs field {missing}, the training data ({recipe.data.train}) has "
+            f"{sorted(fields)}; it was prepared for another task"
+        )
+    task: Task = kind(fields, **options(recipe.task))
+    apart = [name for name, about in fields.items() if about.get("rows") == "sequence"]
+    if apart and task.unit == "stream":
+        raise ValueError(
+            f"task '{recipe.task.name}' reads running text, the training data ({recipe.data.train}) holds "
+            f"sequences with {apart} of their own; make text with 'trireme prepare text'"
+        )
     if task.targets and task.unit != "sequence":
         raise ValueError(f"task '{recipe.task.name}' has targets, {task.targets}, so its unit must be \"sequence\"")
     return task

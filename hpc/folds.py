@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,17 +57,31 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     names = comm.on_root(lambda: find_folds(arguments.data, arguments.only))
     folder = Path(comm.on_root(lambda: _recipe(arguments, names[0]).run))
     device = comm.on_root(lambda: _recipe(arguments, names[0]).device)
-    for name in names:
+    for number, name in enumerate(names, 1):
+        comm.on_root(partial(_say, f"{name}, {number} of {len(names)}"))
         words = [*arguments.overrides, *overrides_of(arguments.data / name), f"run={json.dumps(str(folder / name))}"]
         code = training.run(argparse.Namespace(recipe=arguments.recipe, overrides=words), comm)
         if code:
             return code
         stop = StopFlag().listen()
         score(folder / name, arguments.data / name, device, comm)
+        comm.on_root(partial(_say_score, folder / name))
         if any(comm.gather(stop.requested)):
             return PREEMPTED
     comm.on_root(lambda: show(write_result(folder, arguments.data)))
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_score(run: Path) -> None:
+    """A finished fold's line."""
+    scored = _scored(run) or {}
+    parts = [(part, _with_accuracy(scored[part])) for part in ("test", "validation") if part in scored]
+    numbers = [f"{part} {spoken(name)} {metric(name, value)}" for part, held in parts for name, value in held.items()]
+    _say(f"{run.name}: {', '.join(numbers)}")
 
 
 def _recipe(arguments: argparse.Namespace, name: str) -> Recipe:

@@ -27,6 +27,7 @@ EXAMPLES = """examples:
 
 writes OUT/predictions-RANK.ark with OUT/predictions.scp; or OUT/predictions-RANK.h5 with the utterances' keys [n],
 predictions/values [rows, classes] and predictions/starts [n + 1]: utterance i is values[starts[i]:starts[i + 1]].
+Rows are frames, or sentences (one a sentence); language models have no predictions.
 """
 
 

@@ -20,6 +20,9 @@ from models.task import Task
 EXAMPLES = """examples:
   trireme evaluate runs/demo data/demo/validation
   mpiexec -n 4 python -m mpi4py -m hpc evaluate runs/demo data/demo/validation --json
+
+What is measured is the task's: frames: frame_error and loss (nats a frame); sentences: error and loss; lm: loss (nats a
+word) and perplexity.
 """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -116,8 +116,8 @@ class Sentences(Task):
             self.options |= {"activation": activation, "highway": highway}
         elif (activation, highway) != ("tanh", "fit"):
             raise ValueError(f"task.activation and task.highway are SRU's; encoder = '{encoder}' has none")
-        if encoder == "cnn" and (bidirectional or forget_bias != FORGET_BIAS):
-            raise ValueError("task.bidirectional and task.forget_bias are for recurrent encoders; leave them out")
+        if encoder == "cnn" and bidirectional:
+            raise ValueError("task.bidirectional is for recurrent encoders; leave it out")
         self.encoder, self.layers, self.width, self.bidirectional = encoder, layers, width, bidirectional
         self.embedding, self.vectors, self.fixed, self.dropout = embedding, vectors, fixed_vectors, dropout
 

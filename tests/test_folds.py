@@ -54,6 +54,9 @@ def read(folder):
 def test_every_fold_is_trained_measured_and_joined(trireme, here, recipe, tmp_path):
     done = trireme("folds", recipe, tmp_path / "data", "task.encoder=cnn", ranks=2)
     result = read(tmp_path)
+    assert "fold-01, 2 of 3\n" in done.stderr
+    accuracy = result["folds"][1]["test"]["accuracy"]
+    assert f"fold-01: test error {1 - accuracy:.2%}" in done.stderr
     assert [fold["fold"] for fold in result["folds"]] == ["fold-00", "fold-01", "fold-02"]
     for fold in result["folds"]:
         run = tmp_path / "run" / fold["fold"]

@@ -12,7 +12,7 @@ import torch
 from test_training import kill, train, wait_for_step
 
 from collectives.comm import Comm
-from hpc.build import registry
+from hpc.build import make_task, registry
 from hpc.config import load, options
 from hpc.pieces import read_stream
 from hpc.prepare.text import prepare_text
@@ -255,6 +255,14 @@ def recipe_of(folder, kind="sru"):
     path = folder / f"{kind}.toml"
     path.write_text(RECIPE.format(data=folder, kind=kind))
     return path
+
+
+def test_data_of_another_task_are_refused(folder):
+    recipe = load(recipe_of(folder), [], registry())
+    with pytest.raises(ValueError, match=r"needs field \['words'\].* has \['features', 'labels'\]"):
+        make_task(recipe, {"features": {}, "labels": {}})
+    with pytest.raises(ValueError, match=r"reads running text.*\['labels'\] of their own.*prepare text"):
+        make_task(recipe, {"words": {"classes": 9}, "labels": {"classes": 2, "rows": "sequence"}})
 
 
 def test_the_same_bytes_for_every_number_of_ranks(trireme, folder, tmp_path):

@@ -256,6 +256,13 @@ def test_what_cannot_be_trained_on_is_refused(comm, tmp_path, content, encoding,
     assert not (tmp_path / "out").exists()
 
 
+def test_lines_without_labels_are_noticed(comm, tmp_path):
+    words = ("in", "the", "beginning", "god", "made")
+    (tmp_path / "prose").write_text("".join(f"{word} begins a line\n" for word in words))
+    report = prepare_sentences(comm, tmp_path / "prose", tmp_path / "data", folds=2, quiet=True)
+    assert any("5 of 5 classes have one sentence" in note for note in report["notes"])
+
+
 def test_options_that_contradict_each_other_are_refused(comm, tmp_path):
     write_sentences(tmp_path / "all")
     for options, message in (

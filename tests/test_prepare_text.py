@@ -79,7 +79,7 @@ def test_the_data_set_holds_the_text_in_its_order(comm, tmp_path, short_runs):
         begin = int(line) - 1 + (3 if name == "a.txt" else 0)
         size = words[low:high].count("<eos>")
         assert words[low:high] == [w for words_ in lines[begin : begin + size] for w in [*words_, "<eos>"]]
-    assert any("sentences without words" in note for note in report["notes"])
+    assert any("kept as sentence ends alone" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

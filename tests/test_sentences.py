@@ -205,7 +205,7 @@ def test_vectors_that_do_not_fit_are_refused(data, tmp_path):
     [
         ({"encoder": "lstm", "activation": "relu"}, "are SRU's"),
         ({"encoder": "cnn", "highway": "always"}, "are SRU's"),
-        ({"encoder": "cnn", "bidirectional": True}, "are for recurrent encoders"),
+        ({"encoder": "cnn", "bidirectional": True}, "is for recurrent encoders"),
     ],
 )
 def test_options_that_an_encoder_has_not_are_refused(data, options, message):

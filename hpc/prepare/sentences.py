@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def prepare_sentences(
     folders = {name: out / name for name in cut}
     mark = comm.on_root(lambda: journal.fingerprint(options, _lines(dealt.texts, cut, words)))
     state = comm.on_root(lambda: journal.claim(list(folders.values()), mark, options, overwrite))
-    report: dict[str, Any] = {"state": state, "resumed": 0, "notes": [t.note for t in dealt.texts if t.note]}
+    report: dict[str, Any] = {"state": state, "resumed": 0, "notes": _notes(dealt)}
     if state != "finished":
         class_of = {label: i for i, label in enumerate(dealt.classes)}
 
@@ -99,6 +100,19 @@ def _dealt(plan: Plan) -> _Dealt:
     own = iter(texts[1:])
     judged, tested = (next(own) if isinstance(part, Path) else part for part in plan.parts)
     return _Dealt(texts, classes, deal(texts[0], judged, tested, plan.folds, plan.seed))
+
+
+def _notes(dealt: _Dealt) -> list[str]:
+    """What a user should know of the files."""
+    notes = [text.note for text in dealt.texts if text.note]
+    sentences = Counter(sentence.label for text in dealt.texts for sentence in text.sentences)
+    once = sum(count == 1 for count in sentences.values())
+    if once > len(sentences) / 2:
+        notes.append(
+            f"{once:,} of {len(sentences):,} classes have one sentence: the first word of every line is taken for its "
+            "label; do the lines begin with labels?"
+        )
+    return notes
 
 
 def _fold_of(name: str) -> str:

@@ -28,9 +28,12 @@ from hpc.prepare.text_options import add_arguments as add_arguments
 from hpc.prepare.text_options import checked, choice_of, files_of, show
 from hpc.prepare.texts import Lines, Texts, find_texts, names_of, scan_texts
 from hpc.prepare.vocabulary import Choice, Vocabulary, lower_of
+from hpc.quantities import counted
 from hpc.shards import MANIFEST, SCHEMA, DataError, ShardWriter, read_manifest, shard_name, write_json
 
 Cut = dict[str, list[list[str]]]  # set -> its shards' utterances, the training set first
+
+FEW = 100  # words of a set; fewer are no doubt a mistake
 
 
 def prepare_text(
@@ -193,8 +196,11 @@ def _notes(records: Mapping[str, Sequence[Mapping[str, Any]]], vocabulary: Vocab
     for name, part in records.items():
         empty = sum(record["empty"] for record in part)
         if empty:
-            as_what = "left out" if vocabulary.sentence_end is None else "sentences without words"
-            notes.append(f"set '{name}': {empty:,} lines without words, {as_what}")
+            as_what = "left out" if vocabulary.sentence_end is None else "kept as sentence ends alone"
+            notes.append(f"set '{name}': {empty:,} line{'s' * (empty != 1)} without words, {as_what}")
+        words = sum(record["frames"] for record in part)
+        if words < FEW:
+            notes.append(f"set '{name}' has {counted(words, 'word')} only: too few to train on or to judge by")
         unseen[name] = not sum(record["counts"][vocabulary.unknown] for record in part)
     first, *others = unseen
     if unseen[first] and not all(unseen[name] for name in others):
