@@ -2,8 +2,8 @@
 
 Paper 001, figure 1: a layer of width d on a batch of sequences, forward, and forward with backward. Beside ours, in
 turns: torch's LSTM, Conv1d with 2 and 3 inputs a step, the package `sru` where it is installed, the grouped matrix
-product of equation (8) by itself as our layer makes it, and a copy of as many bytes as the recurrence reads and writes
-in float32.
+product of equation (8) by itself as our layer makes it, the recurrence by itself, and a copy of as many bytes as that
+reads and writes in float32.
 
 The package compiles its CPU side when it is imported, for which it needs a C++ compiler and `ninja`. To keep it out of
 the environment: pip install --no-deps --target FOLDER sru ninja, and PYTHONPATH=FOLDER PATH=FOLDER/bin:$PATH.
@@ -12,7 +12,6 @@ the environment: pip install --no-deps --target FOLDER sru ninja, and PYTHONPATH
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -25,6 +24,7 @@ from hpc.bench import in_turns, quotient, say, spread
 from hpc.quantities import counted
 from hpc.runtime import keep_freed_memory
 from kernels.product import product as multiplied
+from kernels.sru import recurrence
 from models.layers.recurrent import SRU
 
 TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
@@ -98,6 +98,9 @@ def make_sides(size: Size) -> dict[str, Side]:
         sides[f"conv{grams}"] = Side(conv, batch_first, list(conv.parameters()))
     weight = torch.nn.Parameter(torch.randn(3 * d, d) / d)
     sides["product"] = Side(lambda x: _Product.apply(x, weight, size.dtype), steps_first, [weight])
+    kind = getattr(torch, size.dtype)
+    highway, u = steps_first.to(kind), torch.randn(size.length, size.batch, 3 * d).to(kind)
+    sides["recurrence"] = Side(lambda u: recurrence(u, highway, ours.bias, state[0])[0], u, [ours.bias])
     if size.dtype == "float32" and (theirs := _package(d)):  # under autocast its kernel refuses what it is given
         sides["package sru"] = Side(lambda x: theirs(x)[0], steps_first, list(theirs.parameters()))
     return sides
@@ -185,6 +188,4 @@ def _summary(seconds: dict[str, list[float]], common: dict[str, Any]) -> dict[st
             record |= quotient(seconds[peer], seconds["sru"], f"times_{peer.replace(' ', '_')}")
     parts = [a + b for a, b in zip(seconds["product"], seconds["copy"], strict=True)]
     record |= quotient(seconds["sru"], parts, "of_product_and_pass")
-    product_s, copy_s = (statistics.median(seconds[name]) for name in ("product", "copy"))
-    rest = [taken - product_s for taken in seconds["sru"]]
-    return record | {"recurrence_s": statistics.median(rest), "recurrence_over_copy": statistics.median(rest) / copy_s}
+    return record | quotient(seconds["recurrence"], seconds["copy"], "recurrence_over_copy")
