@@ -32,7 +32,7 @@ def draw(records: Sequence[dict[str, Any]]) -> bytes:
         _panel(axes, f"{dtype}, {counted(threads, 'thread')}", own)
     if settings:
         panels[0].set_ylabel("times as long as SRU (median; least to most)", fontsize=9.5, color=LIGHT.muted)
-        legend(panels[-1], LIGHT)
+        legend(panels[0], LIGHT)
     return png(figure, LIGHT)
 
 
