@@ -70,7 +70,7 @@ def make_task(recipe: Recipe, fields: dict[str, Any]) -> Task:
     if missing:
         raise ValueError(
             f"task '{recipe.task.name}' needs field {missing}, the training data ({recipe.data.train}) has "
-            f"{sorted(fields)}; it was prepared for another task"
+            f"{sorted(fields)}; it was prepared for another task: prepare data for this one (trireme prepare --help)"
         )
     task: Task = kind(fields, **options(recipe.task))
     apart = [name for name, about in fields.items() if about.get("rows") == "sequence"]

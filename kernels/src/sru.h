@@ -1,8 +1,9 @@
 // One step of SRU for one unit, forward and backward: arithmetic that all sides share; kernels/sru.py says what.
 //
 // In float, exp and tanh are polynomials of single roundings (a fused multiply-add is one too), so all sides give the
-// same bits (a GPU's denormal numbers apart: it takes them as 0); in double, which is there for checking gradients, they are the library's. SHARED is what a function of
-// this file is declared as; fmaf, fma, exp and tanh are the library's or the compiler's own.
+// same bits (a GPU's denormal numbers apart: it takes them as 0); in double, which is there for checking gradients, they
+// are the library's. SHARED is what a function of this file is declared as; fmaf, fma, exp and tanh are the library's or
+// the compiler's own.
 
 #pragma once
 
