@@ -26,7 +26,7 @@ from collectives.layout import Layout
 from collectives.leaves import Leaves
 from collectives.nccl import Link, NcclExchange
 from collectives.plan import Plan
-from collectives.strategy import Joined, Rule, State, Strategy, TrainingFailed, Weights
+from collectives.strategy import Joined, Rule, State, Strategy, Weights
 from kernels import gpu
 
 NORM_GROUP = 1024  # floats a group of the gradient norm; pieces end at multiples of it, whatever the ranks
@@ -76,6 +76,7 @@ class AllReduce(Strategy):
         self.followed = False
         self.last = comm.splits[-1]
         self.watching = self.settled = False
+        self.turn_batches = self.undone = 1  # of this turn; of those, how many this split has not learned yet
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         comm, (algorithm, bucket, wire) = self.comm, self.asked
@@ -140,12 +141,17 @@ class AllReduce(Strategy):
 
     # -- the turn ---------------------------------------------------------------------------------------------------
 
+    def span(self, limit: int) -> int:
+        self.turn_batches = min(limit, self.batches)
+        return self.turn_batches
+
     def enter(self, split: int) -> None:
         self.flat.bind_grads(self.exchange.enter(split))
+        self.undone, self.counted = self.turn_batches, 0
         if split == self.last:
             self.left = [len(needed) for needed in self.needs]
             self.seen = [False] * len(self.buckets_of)
-            self.watching = self.overlap
+            self.watching = self.overlap and self.undone == 1
 
     def _grad_is_final(self, parameter: int) -> None:
         """Told by backward; buckets that need nothing else set out now, if this is the turn's last backward."""
@@ -167,8 +173,11 @@ class AllReduce(Strategy):
             self.exchange.poll()
 
     def step(self, split: int, count: int) -> None:
-        self.watching = False
-        self.exchange.stepped(split, count)
+        self.undone -= 1
+        self.counted += count
+        self.watching = self.overlap and self.undone == 1 and split == self.last
+        if not self.undone:
+            self.exchange.stepped(split, self.counted)
 
     def advance(self, n: int) -> None:
         learned = self.exchange.finish()
@@ -207,9 +216,9 @@ class AllReduce(Strategy):
         return min(1.0, self.clip_norm / norm if norm else 1.0)
 
     def _fail(self, total: torch.Tensor, low: int) -> None:
-        """Raise TrainingFailed for a summed gradient that is not finite, naming the parameter."""
+        """Training fails at a summed gradient that is not finite; names the parameter."""
         bad = torch.nonzero(~torch.isfinite(total))
-        raise TrainingFailed(
+        self.fail(
             f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, parameter "
             f"{self.flat.name_at(low + int(bad[0]))}, {len(bad)} values); lower optim.learning_rate or set "
             "strategy.clip_norm"

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,8 @@ class Comm:
         self.hosts: list[str] = []  # by rank
         self.waiting = ""  # what this rank waits for outside the exchange, where it may be long
         self._pending: tuple[Any, np.ndarray] | None = None
+        # Bytes that this rank has sent so far, by what they were ("reduce", "share"), counted where MPI takes them.
+        self.sent: Counter[str] = Counter()
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
         self.host = socket.gethostname()
@@ -294,12 +297,17 @@ class Comm:
         most: Any = self._messages.Get_attr(MPI.TAG_UB)
         return int(most)
 
-    def sending(self, tensor: torch.Tensor, to: int, tag: int) -> Message:
-        """A message that will carry a contiguous tensor's values to a rank, as often as it is started."""
+    def sending(self, tensor: torch.Tensor, to: int, tag: int, what: str) -> Message:
+        """A message that will carry a contiguous tensor's values to a rank, as often as it is started.
+
+        what  the name under which its bytes are counted in `sent`
+        """
 
         def prepare(part: torch.Tensor) -> Message:
             full = self._messages.Send_init(_buffer(part), to, tag)
-            return Straight(to, full, self._messages.Send_init([_NOTHING, 0, MPI.BYTE], to, tag), MPI.Status())
+            empty = self._messages.Send_init([_NOTHING, 0, MPI.BYTE], to, tag)
+            size = part.numel() * part.element_size()
+            return Straight(to, full, empty, MPI.Status(), lambda: self.sent.update({what: size}))
 
         return self.transport.staging.sending(tensor, prepare) if self.transport.staged else prepare(tensor)
 

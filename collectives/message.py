@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,15 +33,18 @@ class Straight(Message):
     full    the persistent request that carries the values
     empty   one that carries nothing; None where this rank receives
     status  an MPI status to use
+    sent    called whenever values set out
     """
 
-    def __init__(self, peer: int, full: Any, empty: Any, status: Any):
-        self.peer, self._full, self._empty, self._status = peer, full, empty, status
+    def __init__(self, peer: int, full: Any, empty: Any, status: Any, sent: Callable[[], None] = lambda: None):
+        self.peer, self._full, self._empty, self._status, self._sent = peer, full, empty, status, sent
         self._under_way: Any = None
         self.received = 0
 
     def start(self, empty: bool = False) -> None:
         self._under_way = self._empty if empty else self._full
+        if not empty:
+            self._sent()
         self._under_way.Start()
 
     def arrived(self) -> bool:

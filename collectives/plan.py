@@ -184,7 +184,7 @@ class Plan:
 
     def _send(self, values: torch.Tensor, to: int, tag: int) -> Parcel:
         wired = self._wired(values)
-        return Parcel(self.comm.sending(wired, to, tag), values, wired)
+        return Parcel(self.comm.sending(wired, to, tag, "reduce"), values, wired)
 
     def _receive(self, values: torch.Tensor, source: int, tag: int) -> Parcel:
         wired = self._wired(values)
@@ -303,7 +303,8 @@ class Plan:
 
     def _carry(self, values: torch.Tensor, island: int, place: int, tag: int) -> Parcel:
         """A parcel with a result to the partner on another island."""
-        return Parcel(self.comm.sending(values, self.layout.partner(place, island), tag), values, values)
+        to = self.layout.partner(place, island)
+        return Parcel(self.comm.sending(values, to, tag, "share"), values, values)
 
     def _get(self, bucket: int, island: int, place: int, piece: Piece, hop: int) -> Get:
         mine, islands = self.comm.island, len(self.layout.islands)

@@ -34,6 +34,7 @@ class Weights(Protocol):
     weights: torch.Tensor
     size: int
     names: list[str]
+    shapes: list[tuple[int, tuple[int, ...]]]  # of every parameter, its first float and its shape
 
     def bind_grads(self, grads: torch.Tensor) -> None: ...
     def on_grad(self, told: Callable[[int], None]) -> None: ...
@@ -87,8 +88,8 @@ class Strategy:
     comm    the ranks and the splits they hold
     flat    the model's flat weights and gradients
     rule    the update rule, called on slices
-    batch   what the loss counts in a whole step over all splits (frames, words), on average: what gradient sums are
-            divided by, so that every frame weighs the same, those of an epoch's last and smaller step too
+    batch   what the loss counts in the recipe's batch over all splits (frames, words), on average: what gradient sums
+            are divided by, so that every frame weighs the same, those of an epoch's last and smaller step too
     """
 
     rate: Rate
@@ -104,6 +105,23 @@ class Strategy:
         self.updates = 0  # of the rule, so far
         # Seconds so far in which an exchange was under way on this rank, hidden behind computing or not.
         self.active_s: float = 0.0
+        # Bytes so far that this rank would have sent if what it sent packed were float32; 0: it sends nothing packed.
+        self.float32_bytes = 0
+        self.batches = 1  # minibatch size, in the recipe's batches; what selects it sets it, between turns
+        self.undelayed = False  # whether updates are to wait for nothing, though the recipe delays them
+        self.lenient = False  # whether numbers that are not finite are to be noted in `failed` instead of raised
+        self.failed = False
+
+    @staticmethod
+    def parts_of_a_batch(**options: Any) -> int:
+        """In how many parts, each a batch to the loop, the recipe's batch is learned under these options."""
+        return 1
+
+    def fail(self, message: str) -> None:
+        """Numbers are not finite: raise TrainingFailed, or note it where that is wanted."""
+        self.failed = True
+        if not self.lenient:
+            raise TrainingFailed(message)
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         """Settle how to exchange, once, before anything else (collective).

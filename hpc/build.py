@@ -16,6 +16,7 @@ import torch
 
 from collectives.allreduce import AllReduce
 from collectives.comm import Comm
+from collectives.onebit import OneBitSGD
 from hpc import optim
 from hpc.batches import Batches, make_order
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
@@ -37,7 +38,7 @@ from models.sentences import Sentences
 from models.task import Carry, Task
 
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
-STRATEGIES: dict[str, type] = {"allreduce": AllReduce}
+STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD}
 RULES: dict[str, type] = {
     "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,
     "adam": optim.Adam, "adamax": optim.Adamax,
@@ -162,18 +163,20 @@ def make_job(
     (model,) = made
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
     data = recipe.data
+    parts = kind.parts_of_a_batch(**options(recipe.strategy))
     order = made_everywhere(comm, lambda: make_order(
-        train_set, task, comm.n_splits, batch=data.batch, split_frames=data.split_frames, runs=data.runs,
-        seed=recipe.seed,
+        train_set, task, comm.n_splits, batch=part_of(data.batch, parts, comm.n_splits),
+        split_frames=data.split_frames, runs=data.runs, seed=recipe.seed,
     ))
     shared = kind.shares_weights and device.torch.type == "cpu"
     flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
-    strategy = kind(comm, flat, rule, order.counted, **options(recipe.strategy))
+    strategy = kind(comm, flat, rule, order.counted * parts, **options(recipe.strategy))
     watchdog.lost = comm.lost
     watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
+    comm.sent.clear()  # what was sent to measure is no part of the run
     said = settled.get("said", "as the strategy does it")
     logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
     batches = Batches(order, recipe.seed, device.place)
@@ -234,6 +237,16 @@ def _checked_fields(recipe: Recipe) -> dict[str, Any]:
             "give a validation set, or use schedule.name = 'constant' with patience = 0"
         )
     return fields
+
+
+def part_of(batch: int, parts: int, splits: int) -> int:
+    """The batch of the loop, where a strategy learns the recipe's in so many parts. Raises RecipeError."""
+    if batch % (parts * splits):
+        raise RecipeError(
+            f"recipe key 'data.batch' = {batch}: with this [strategy] it is learned in {parts} parts; expected a "
+            f"multiple of {parts} * splits = {parts * splits}"
+        )
+    return batch // parts
 
 
 def _steps(frames: int, counted: float) -> int:

@@ -42,6 +42,7 @@ class Flat:
             at += -(-parameter.numel() // ALIGN) * ALIGN
         self.size = -(-at // CHUNK) * CHUNK
         self.count = sum(p.numel() for p in self.parameters)
+        self.shapes = [(offset, tuple(p.shape)) for offset, p in zip(self.offsets, self.parameters, strict=True)]
         self.weights = storage(self.size)
         with torch.no_grad():
             for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):

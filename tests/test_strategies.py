@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from collectives.allreduce import AllReduce
 from collectives.comm import Comm
+from collectives.onebit import OneBitSGD
 from collectives.strategy import Rate, TrainingFailed
 from hpc import optim
 from hpc.checkpoint import Checkpoint, Saver, step_name
@@ -23,6 +24,13 @@ STRATEGIES = {
     "allreduce in buckets": partial(AllReduce, **SMALL),
     "allreduce after backward": partial(AllReduce, overlap="off", **SMALL),
     "allreduce in bfloat16": partial(AllReduce, wire="bfloat16", **SMALL),
+    "1-bit": OneBitSGD,
+    "1-bit after a cold start": partial(OneBitSGD, cold_start=2 * 96),
+    "1-bit, double buffering": partial(OneBitSGD, double_buffering=True),
+    "1-bit, double buffering after a cold start": partial(OneBitSGD, double_buffering=True, cold_start=96),
+    "1-bit, clipped": partial(OneBitSGD, clip_norm=0.5),
+    "1-bit, local AdaGrad": partial(OneBitSGD, local_adagrad=True),
+    "1-bit without error feedback": partial(OneBitSGD, error_feedback=False),
 }
 RULES = {
     "sgd": lambda: optim.SGD(learning_rate=0.1),
@@ -89,7 +97,7 @@ def test_the_model_is_the_same_for_every_number_of_ranks():
             world = Problem(name, Comm(), rule).run(5)
             reference = Problem(name, alone(), rule).run(5)
             assert set(world.comm.gather(world.digest())) == {reference.digest()}, (name, rule)
-            assert reference.digest() != Problem(name, alone(), rule).run(4).digest(), (name, rule)
+            assert reference.digest() != Problem(name, alone(), rule).run(3).digest(), (name, rule)
 
 
 @laws

@@ -1,0 +1,217 @@
+"""1-bit quantization with error feedback, and the sum of what was quantized, each in one pass over memory.
+
+With g a column of the gradient and d its residual, both [n]:
+
+    v = g + d;  above = mean of the v >= 0;  below = mean of the v < 0      (0 where there are none)
+    bit_i = v_i >= 0;  q_i = above if bit_i else below;  d <- v - q
+
+Source: paper 002, section 3: threshold 0, two reconstruction values a column "as to minimize the square quantization
+error" (for a fixed threshold those are the means), the error added to the next gradient. Departure: the paper ties
+values "within each weight-matrix column"; here a column is a contiguous run of the stored matrix, which in torch holds
+all weights into one unit (a strided column costs three times as much to read); a vector is one column.
+
+Sums over a column are taken in 32 lanes, the value i in lane i modulo 32, which are then folded in halves: so the CPU,
+the GPU and the torch reference give the same bits.
+
+What a split sends of some columns is one row of int32, packed: [0] whether it holds anything, then a column's (below,
+above) as float32, column after column, then its signs, 32 to a word, the first value in the lowest bit, every column
+beginning with a word of its own.
+
+Legend: F floats of a stretch of the flat buffer, C columns, W words of signs, N splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+LANES = 32  # values of a word; lanes in which a column is summed
+
+
+@dataclass(frozen=True)
+class Run:
+    """Columns of one width that lie one behind the other: a matrix, or a part of its rows.
+
+    start  the first float of the first column
+    rows   how many columns
+    width  floats a column
+    """
+
+    start: int
+    rows: int
+    width: int
+
+    @property
+    def words(self) -> int:
+        """Words of signs a column."""
+        return -(-self.width // LANES)
+
+
+class Columns:
+    """The columns of a stretch of the flat buffer; floats that belong to no column (padding) are left alone.
+
+    runs  ascending, not overlapping; starts count from the stretch's first float
+
+    count   C
+    words   W
+    packed  int32 of a packed row: 1 + 2 C + W
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = [run for run in runs if run.rows and run.width]
+        self.count = sum(run.rows for run in self.runs)
+        self.words = sum(run.rows * run.words for run in self.runs)
+        self.packed = 1 + 2 * self.count + self.words
+        self._tables: dict[torch.device, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, Sequence[int]]]) -> Columns:
+        """The columns of parameters, given as (first float, shape): rows of what has several dimensions, whole vectors.
+
+        >>> Columns.of([(0, (3, 40)), (128, (3,))]).runs
+        [Run(start=0, rows=3, width=40), Run(start=128, rows=1, width=3)]
+        """
+        runs = []
+        for start, shape in shapes:
+            size = 1
+            for length in shape:
+                size *= length
+            rows = shape[0] if len(shape) > 1 else 1
+            runs.append(Run(start, rows, size // rows if rows else 0))
+        return cls(runs)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first float of every column."""
+        return [run.start + row * run.width for run in self.runs for row in range(run.rows)]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """The floats of every column."""
+        return [run.width for run in self.runs for _ in range(run.rows)]
+
+    def part(self, first: int, last: int, low: int) -> Columns:
+        """Columns [first, last), of a stretch that begins at float `low` of this one."""
+        found, at = [], 0
+        for run in self.runs:
+            begin, end = max(first - at, 0), min(last - at, run.rows)
+            if begin < end:
+                found.append(Run(run.start + begin * run.width - low, end - begin, run.width))
+            at += run.rows
+        return Columns(found)
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """int64 [3, C]: of every column the first float, the number of floats, the first of its words."""
+        if device not in self._tables:
+            words = [0]
+            for width in self.widths:
+                words.append(words[-1] - (-width // LANES))
+            held = [self.starts, self.widths, words[:-1]]
+            self._tables[device] = torch.tensor(held, dtype=torch.int64).view(3, -1).to(device)
+        return self._tables[device]
+
+
+def quantize_(values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor) -> bool:
+    """Quantize values and what was left of those before; returns whether all were finite (if not, nothing is of use).
+
+    values    [F], contiguous, unchanged
+    residual  [F], contiguous: added first, then what is left of the sum, in place; None: nothing is added or kept
+    columns   of this stretch
+    packed    int32 [columns.packed], contiguous, overwritten
+
+    Source: paper 002, section 3.
+    """
+    return reference_quantize_(values, residual, columns, packed)
+
+
+def accumulate_(out: torch.Tensor, packed: torch.Tensor, columns: Columns, *, fresh: bool = False) -> None:
+    """Add what was quantized, split after split; rows that hold nothing are left out.
+
+    out      [F], contiguous, changed in place
+    packed   int32 [N, columns.packed], contiguous: of every split a row
+    columns  of this stretch
+    fresh    whether sums begin at 0 instead of at what `out` holds
+
+    Source: paper 002, section 3.1 ("summed up in unquantized form").
+    """
+    reference_accumulate_(out, packed, columns, fresh=fresh)
+
+
+def empty_(packed: torch.Tensor) -> None:
+    """Mark a packed row, int32 [columns.packed], as one that holds nothing, in place."""
+    packed[0] = 0
+
+
+def reference_quantize_(
+    values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor
+) -> bool:
+    """The same in torch; for floats of another type `packed` must have it too (levels of float32 alone are packed)."""
+    levels, words = _parts(packed, columns)
+    packed[0] = 1
+    finite, column, word = True, 0, 0
+    for run in columns.runs:
+        stretch = slice(run.start, run.start + run.rows * run.width)
+        v = values[stretch].view(run.rows, run.width)
+        if residual is not None:
+            v = v + residual[stretch].view(run.rows, run.width)
+        high = v >= 0
+        above = _lane_sums(torch.where(high, v, 0)) / high.sum(1).clamp(min=1).to(v.dtype)
+        below = _lane_sums(torch.where(high, 0, v)) / (~high).sum(1).clamp(min=1).to(v.dtype)
+        levels[column : column + run.rows] = torch.stack([below, above], 1).float()
+        finite &= bool(torch.isfinite(levels[column : column + run.rows]).all())
+        words[word : word + run.rows * run.words] = _pack(high).flatten()
+        if residual is not None:
+            residual[stretch] = (v - torch.where(high, above[:, None], below[:, None])).flatten()
+        column, word = column + run.rows, word + run.rows * run.words
+    return finite
+
+
+def reference_accumulate_(out: torch.Tensor, packed: torch.Tensor, columns: Columns, *, fresh: bool = False) -> None:
+    """The same in torch."""
+    rows = [row for row in packed if row[0]]
+    column, word = 0, 0
+    for run in columns.runs:
+        stretch = slice(run.start, run.start + run.rows * run.width)
+        total = out[stretch].view(run.rows, run.width)
+        if fresh:
+            total.zero_()
+        for row in rows:
+            levels, words = _parts(row, columns)
+            below, above = levels[column : column + run.rows, :, None].unbind(1)
+            high = _unpack(words[word : word + run.rows * run.words].view(run.rows, run.words), run.width)
+            total.add_(torch.where(high, above, below))
+        column, word = column + run.rows, word + run.rows * run.words
+
+
+def _parts(packed: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """A packed row's levels, float32 [C, 2], and its words, int32 [W], as views."""
+    edge = 1 + 2 * columns.count
+    return packed[1:edge].view(torch.float32).view(-1, 2), packed[edge:]
+
+
+def _lane_sums(values: torch.Tensor) -> torch.Tensor:
+    """The sums of the rows of [rows, width], lane by lane, then folded."""
+    blocks = torch.nn.functional.pad(values, (0, -values.shape[1] % LANES)).view(len(values), -1, LANES)
+    lanes = torch.zeros_like(blocks[:, 0])
+    for block in blocks.unbind(1):
+        lanes = lanes + block
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def _pack(high: torch.Tensor) -> torch.Tensor:
+    """Signs, bool [rows, width], as int32 [rows, words]."""
+    bits = torch.nn.functional.pad(high, (0, -high.shape[1] % LANES)).view(len(high), -1, LANES).long()
+    words = (bits << torch.arange(LANES, device=high.device)).sum(2)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def _unpack(words: torch.Tensor, width: int) -> torch.Tensor:
+    """Signs, bool [rows, width], of int32 [rows, words]."""
+    bits = (words[..., None] >> torch.arange(LANES, device=words.device, dtype=torch.int32)) & 1
+    return bits.flatten(1)[:, :width].bool()
