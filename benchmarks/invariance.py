@@ -43,6 +43,9 @@ STRATEGIES = {
     "allreduce, bfloat16 on the wire": 'strategy={name="allreduce", wire="bfloat16"}',
     "allreduce, float16 on the wire": 'strategy={name="allreduce", wire="float16"}',
     "allreduce, ring": 'strategy={name="allreduce", algorithm="ring"}',
+    "1-bit": 'strategy={name="onebit"}',
+    "1-bit, double buffering after a cold start": 'strategy={name="onebit", double_buffering=true, cold_start=1000}',
+    "1-bit, local AdaGrad, clipped": 'strategy={name="onebit", local_adagrad=true, clip_norm=1.0}',
 }
 NOT_PROMISED = ("allreduce, ring",)
 

@@ -5,8 +5,8 @@
 
 Prints JSON lines: {"rule", "floats", "ours_s", "torch_s", "copy_s", "times_torch", "of_copy_bandwidth"}, medians over
 the rounds. Counted are the bytes that a rule must move: every tensor once in, and once out if it changes. torch's side
-is its fused kernel where it has one ("torch_kind"). "of_copy_bandwidth" above 1 means that what is only read costs less
-than what is copied. Small slices stay in the cache, as the exchange's blocks do.
+is its fused kernel where it has one ("torch_kind"); null where it has no such rule. "of_copy_bandwidth" above 1 means
+that what is only read costs less than what is copied. Small slices stay in the cache, as the exchange's blocks do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CONSTANTS = Constants(rate=1e-3, momentum=0.9, fresh=0.1, beta2=0.999, fresh2=0.
 TURN_S = 0.05
 
 
-def torch_side(rule: str, weights: torch.Tensor) -> tuple[str, Callable[[], object]]:
-    """torch's optimizer for a rule, and how it computes."""
+def torch_side(rule: str, weights: torch.Tensor) -> tuple[str, Callable[[], object] | None]:
+    """How torch's optimizer for a rule computes, and a step of it; None if there is no such optimizer."""
     parameter = torch.nn.Parameter(weights)
     parameter.grad = torch.randn(len(weights))
     fused = {"fused": True} if rule in ("sgd", "momentum", "nesterov", "adagrad", "adam") else {}
@@ -39,6 +39,8 @@ def torch_side(rule: str, weights: torch.Tensor) -> tuple[str, Callable[[], obje
         "adam": lambda: torch.optim.Adam([parameter], 1e-3, **fused),
         "adamax": lambda: torch.optim.Adamax([parameter], 1e-3),
     }
+    if rule not in made:
+        return "none", None
     return "fused" if fused else "not fused", made[rule]().step
 
 
@@ -49,9 +51,10 @@ def measure(rule: str, floats: int, rounds: int) -> dict[str, object]:
     source, target = torch.zeros(moved // 8), torch.zeros(moved // 8)
     kind, theirs = torch_side(rule, torch.randn(floats))
     sides: dict[str, Callable[[], object]] = {
-        "ours": lambda: update_(rule, weights, grad, slots, CONSTANTS), "torch": theirs,
-        "copy": lambda: target.copy_(source),
+        "ours": lambda: update_(rule, weights, grad, slots, CONSTANTS), "copy": lambda: target.copy_(source),
     }
+    if theirs:
+        sides["torch"] = theirs
     taken: dict[str, list[float]] = {name: [] for name in sides}
     repeats = max(1, int(TURN_S / (moved / 1e10)))
     for turn in range(rounds + 1):
@@ -61,10 +64,12 @@ def measure(rule: str, floats: int, rounds: int) -> dict[str, object]:
             for _ in range(repeats):
                 sides[name]()
             taken[name].append((time.perf_counter() - began) / repeats)
-    ours, other, copy = (statistics.median(taken[name][1:]) for name in sides)
+    median = {name: statistics.median(taken[name][1:]) for name in sides}
+    ours, copy, other = median["ours"], median["copy"], median.get("torch")
     return {
         "rule": rule, "floats": floats, "rounds": rounds, "ours_s": ours, "torch_s": other, "torch_kind": kind,
-        "copy_s": copy, "times_torch": other / ours, "of_copy_bandwidth": copy / ours, "gbps": moved / ours / 1e9,
+        "copy_s": copy, "times_torch": other and other / ours, "of_copy_bandwidth": copy / ours,
+        "gbps": moved / ours / 1e9,
     }
 
 

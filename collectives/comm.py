@@ -127,6 +127,10 @@ class Comm:
         """The same ranks and splits, of which only those of an island use each other's memory (collective)."""
         return Comm(self.n_splits, self._world, islands, self.transport)
 
+    def apart(self) -> Comm:
+        """This rank by itself, a world of its own with one split: for what it measures alone."""
+        return Comm(1, MPI.COMM_SELF)
+
     def on(self, device: torch.device, nccl: bool = False) -> Comm:
         """The same ranks and splits, with a way to share and send this device's memory (collective).
 

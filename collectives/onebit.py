@@ -97,8 +97,8 @@ class OneBitSGD(Strategy):
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         first, again = self.traffic()
-        said = f"a bit a value, {first:.1f} and {again:.1f} times fewer bytes to owners and back than float32"
-        return {"said": f"{said}, as a sum and a share" if self.comm.size > 1 else "a bit a value, in this process"}
+        ways = f"to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
+        return {"said": f"a bit a value; {ways if self.comm.size > 1 else 'one rank, so nothing is sent'}"}
 
     def traffic(self) -> tuple[float, float]:
         """How many times fewer bytes a turn sends to the owners, and back from them, than float32 sums would.

@@ -105,8 +105,7 @@ class Strategy:
         self.updates = 0  # of the rule, so far
         # Seconds so far in which an exchange was under way on this rank, hidden behind computing or not.
         self.active_s: float = 0.0
-        # Bytes so far that this rank would have sent if what it sent packed were float32; 0: it sends nothing packed.
-        self.float32_bytes = 0
+        self.float32_bytes = 0  # that this rank would have sent so far, were what it sent packed float32; 0: none is
         self.batches = 1  # minibatch size, in the recipe's batches; what selects it sets it, between turns
         self.undelayed = False  # whether updates are to wait for nothing, though the recipe delays them
         self.lenient = False  # whether numbers that are not finite are to be noted in `failed` instead of raised
@@ -116,6 +115,14 @@ class Strategy:
     def parts_of_a_batch(**options: Any) -> int:
         """In how many parts, each a batch to the loop, the recipe's batch is learned under these options."""
         return 1
+
+    def sent(self) -> dict[str, int]:
+        """Bytes of gradients and weights that this rank sent so far, counted where MPI takes them.
+
+        "reduce": to whom sums them up; "share": to whom needs the result; "float32": what both would have been as
+        float32 (0 if they were).
+        """
+        return {"reduce": self.comm.sent["reduce"], "share": self.comm.sent["share"], "float32": self.float32_bytes}
 
     def fail(self, message: str) -> None:
         """Numbers are not finite: raise TrainingFailed, or note it where that is wanted."""

@@ -24,18 +24,19 @@ from hpc.config import Recipe, RecipeError, options, read_toml, resolve
 from hpc.evaluate import batches_of, count_of, evaluate, pieces_of
 from hpc.everywhere import made_everywhere
 from hpc.flat import Flat
+from hpc.job import Carries, Job
 from hpc.meter import Journal, Meter, RunJournal, Silence
+from hpc.minibatch import Selection
 from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
 from hpc.runtime import Device, StopFlag, Watchdog
 from hpc.schedule import POLICIES, Replay, Schedule
 from hpc.shards import REMEDY, DataError, Dataset, read_manifest, sha256_of
 from hpc.spans import Spans
 from hpc.staging import stage
-from hpc.train import Job
 from models.frames import Frames
 from models.lm import LanguageModel
 from models.sentences import Sentences
-from models.task import Carry, Task
+from models.task import Task
 
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
 STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD}
@@ -134,9 +135,6 @@ def _verify(dataset: Dataset, comm: Comm) -> None:
         dataset.verify(shard)
 
 
-Carries = dict[int, Carry]  # by split
-
-
 def make_job(
     recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog, stop: StopFlag
 ) -> tuple[Job, int, Carries] | None:
@@ -187,7 +185,7 @@ def make_job(
     spans = Spans(run.path, recipe.log.trace)
     meter = Meter(
         comm, journal, watchdog, recipe.log.every, batches.progress, task.noun, spans,
-        active=lambda: strategy.active_s,
+        active=lambda: strategy.active_s, sent=lambda: strategy.sent(),
     )
     saver = Saver(
         run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
@@ -201,29 +199,31 @@ def make_job(
     strategy.evaluate = validate if rest else None
     strategy.note = spans.note
     job = Job(
-        comm, device, task, model, batches, strategy, schedule, saver, meter, stop,
-        validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, order.counted),
+        comm, device, task, model, batches, strategy, schedule, _selection(recipe, order.counted, parts), saver, meter,
+        stop, validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, order.counted),
         count_of(task, rest[0]) if rest else 0,
     )
     if rest:
-        comm.on_root(lambda: _check_metric(job, rest[0]))
+        comm.on_root(lambda: _check_metric(job, rest[0], "validate.metric", job.metric))
+    if job.selection.every:
+        comm.on_root(lambda: _check_metric(job, train_set, "minibatch.metric", job.selection.metric))
     at, carries = _resume(job, recipe, run, flat)
     spans.open(comm, at)
     return job, at, carries
 
 
-def _check_metric(job: Job, dataset: Dataset) -> None:
+def _check_metric(job: Job, dataset: Dataset, key: str, metric: str) -> None:
     """Raise RecipeError now, not after an epoch, if the task has no metric of the name that is to be judged."""
     pieces = pieces_of(job.task, dataset)
     if not pieces:
-        raise DataError(f"validation set '{dataset.folder}' has nothing to evaluate; give another data.validation")
+        raise DataError(f"data set '{dataset.folder}' has nothing to evaluate; give another")
     batch = next(batches_of(job.task, dataset, pieces[0], job.device.place))
     with torch.no_grad(), job.device.autocast():
         sums, _ = job.task.metrics(job.model, batch, None)
     known = {name: total / count for name, (total, count) in sums.items()}
     known |= job.task.derived(known)
-    if job.metric not in known:
-        raise RecipeError(f"recipe key 'validate.metric' = '{job.metric}': the task has {', '.join(sorted(known))}")
+    if metric not in known:
+        raise RecipeError(f"recipe key '{key}' = '{metric}': the task has {', '.join(sorted(known))}")
 
 
 def _checked_fields(recipe: Recipe) -> dict[str, Any]:
@@ -249,6 +249,15 @@ def part_of(batch: int, parts: int, splits: int) -> int:
     return batch // parts
 
 
+def _selection(recipe: Recipe, counted: float, parts: int) -> Selection:
+    """Of minibatch sizes; it begins and ends with whole batches of the recipe."""
+    asked = recipe.minibatch
+    return Selection(
+        every=parts * _steps(asked.every, counted * parts), stretch=parts * _steps(asked.stretch, counted * parts),
+        sizes=asked.sizes, metric=asked.metric, tolerance=asked.tolerance, batch=recipe.data.batch,
+    )
+
+
 def _steps(frames: int, counted: float) -> int:
     return max(1, int(frames / counted)) if frames else 0
 
@@ -263,12 +272,14 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
         checkpoint = Checkpoint(run.checkpoints / found, flat)
         job.strategy.restore(checkpoint)
         job.schedule.restore(checkpoint.state["schedule"])
+        job.selection.restore(checkpoint.state["minibatch"], job.strategy)
         job.saver.best = checkpoint.state["best"]
         log.info("resuming from checkpoint %s", found)
         job.meter.at = checkpoint.state["at"]
         return checkpoint.state["at"], {split: checkpoint.carry(split, job.device.place) for split in job.comm.splits}
     if recipe.init_from:
-        load_model(Path(recipe.init_from, MODEL), flat, flat.weights)
+        with job.meter.watchdog.resting():  # large matrices may be restructured
+            load_model(Path(recipe.init_from, MODEL), flat, flat.weights, partial(job.task.adapted, job.model))
         log.info("starting from the model of %s", recipe.init_from)
     job.strategy.begin()
     return 0, dict.fromkeys(job.comm.splits)

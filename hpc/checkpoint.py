@@ -31,7 +31,7 @@ from collectives.comm import Comm
 from collectives.strategy import State
 from hpc.flat import Flat
 from hpc.shards import sha256_of, write_json
-from models.task import Carry
+from models.task import Carry, Tensors
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
 PART_PATIENCE_S = 600.0  # how long rank 0 waits for the other ranks' parts of one checkpoint
@@ -122,21 +122,28 @@ def check(folder: Path) -> None:
             raise CheckpointError(f"checkpoint '{folder}': {name} was altered or cut short (SHA-256 differs)")
 
 
-def load_model(path: Path, flat: Flat, weights: torch.Tensor) -> None:
+def load_model(
+    path: Path, flat: Flat, weights: torch.Tensor, adapted: Callable[[Tensors], Tensors] | None = None
+) -> None:
     """Read parameters by name into the flat buffer [P], and the model's frozen ones and buffers, in place.
+
+    adapted  turns what the file holds into what the model does; without it they must be the same
 
     Raises CheckpointError if names or shapes differ.
     """
     targets = dict(zip(flat.names, flat.views(weights), strict=True)) | flat.fixed
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
+            names, get = set(file.keys()), file.get_tensor
+            if adapted:
+                tensors = adapted({name: get(name) for name in names})
+                names, get = set(tensors), tensors.__getitem__
             if names != set(targets):
                 raise CheckpointError(
                     f"model '{path}' has other parameters than the recipe's model: {sorted(names ^ set(targets))[:6]}"
                 )
             for name, target in targets.items():
-                values = file.get_tensor(name)
+                values = get(name)
                 if values.shape != target.shape:
                     raise CheckpointError(
                         f"model '{path}': '{name}' has shape {list(values.shape)}, the recipe's model "

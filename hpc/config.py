@@ -12,9 +12,10 @@ import inspect
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tomli_w
+from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -53,6 +54,20 @@ class Validate(Section):
     metric: str = Field(default="loss", description="the metric that is judged; smaller is better")
 
 
+class Minibatch(Section):
+    """When larger minibatches are tried, and which is kept (paper 002, section 4)."""
+
+    every: int = Field(default=0, ge=0, description="what the loss counts, between selections; 0: none")
+    stretch: int = Field(default=50000, ge=1, description="what the loss counts, of the data that sizes are tried on")
+    sizes: list[Annotated[int, Ge(1)]] = Field(
+        default=[1, 2, 4, 8], min_length=1, description="what is tried: so many times data.batch"
+    )
+    metric: str = Field(default="frame_error", description="what is compared, on that data; smaller is better")
+    tolerance: float = Field(
+        default=0.002, ge=0, description="by how much a larger size's metric may be above the best"
+    )
+
+
 class Checkpoint(Section):
     """What is kept to resume from."""
 
@@ -85,6 +100,7 @@ class Recipe(Section):
     init_from: str = Field(default="", description="start from the model of this finished run (folder)")
     data: Data
     validate_: Validate = Field(default=Validate(), alias="validate")
+    minibatch: Minibatch = Minibatch()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     task: Any

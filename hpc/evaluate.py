@@ -51,10 +51,10 @@ def evaluate(
                     found, carry = task.metrics(model, batch, carry)
                 sums.append(found)
                 beat()
-            mine.append([index, _add(sums)])
+            mine.append([index, add_up(sums)])
     model.train(training)
     everyone = sorted(entry for rank in comm.gather(mine) for entry in rank)
-    total = _add([sums for _, sums in everyone])
+    total = add_up([sums for _, sums in everyone])
     empty = [name for name, (_, count) in total.items() if not count]
     if empty or not total:
         raise everywhere(DataError(f"data set '{dataset.folder}' has nothing to evaluate ({empty or 'no items'})"))
@@ -120,7 +120,8 @@ def _items_of_a_batch(task: Task, piece: Piece) -> int:
     return max(1, BATCH_ROWS // longest)
 
 
-def _add(sums: list[Sums]) -> Sums:
+def add_up(sums: list[Sums]) -> Sums:
+    """Sums and counts, metric by metric, exactly: in whatever order, they are the same."""
     names = sorted({name for s in sums for name in s})
     return {
         name: (math.fsum(s[name][0] for s in sums if name in s), math.fsum(s[name][1] for s in sums if name in s))

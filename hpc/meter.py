@@ -25,7 +25,7 @@ from hpc.quantities import hidden_share, percent
 from hpc.runtime import Watchdog
 from hpc.spans import Spans
 
-PHASES = ("read", "forward", "backward", "exchange", "validate", "checkpoint")
+PHASES = ("read", "forward", "backward", "exchange", "validate", "checkpoint", "select")
 
 
 class Journal(Protocol):
@@ -111,16 +111,17 @@ class Meter:
     noun       what frames are here: "words", say
     spans      records what was done when; None: nobody
     active     seconds so far in which an exchange was under way on this rank (`Strategy.active_s`)
+    sent       bytes that this rank sent so far, by what they were (`Strategy.sent`)
     """
 
     def __init__(
         self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int,
         progress: Callable[[int], tuple[float, int]], noun: str = "frames", spans: Spans | None = None,
-        active: Callable[[], float] = lambda: 0.0,
+        active: Callable[[], float] = lambda: 0.0, sent: Callable[[], dict[str, int]] = lambda: {},
     ):
         self.comm, self.journal, self.watchdog = comm, journal, watchdog
         self.every, self.progress, self.noun = every, progress, noun
-        self.spans, self.active = spans or Spans(), active
+        self.spans, self.active, self.sent = spans or Spans(), active, sent
         self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
         self._clear()
@@ -128,7 +129,7 @@ class Meter:
     def _clear(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._losses: dict[int, list[float]] = {}
-        self._since, self._active = time.perf_counter(), self.active()
+        self._since, self._active, self._sent = time.perf_counter(), self.active(), self.sent()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -143,6 +144,20 @@ class Meter:
             seconds = (ended - began) / 1e9
             self._seconds[phase] += seconds
             self.totals[phase] += seconds
+
+    @contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """A block that is no part of training: its losses are dropped, and all of its seconds are this phase's."""
+        began, active = time.perf_counter(), self.active()
+        seconds, totals, losses = dict(self._seconds), dict(self.totals), self._losses
+        self._losses = {}
+        try:
+            yield
+        finally:
+            self._seconds, self.totals, self._losses = seconds, totals, losses
+            self._active += self.active() - active
+            self._seconds[phase] += time.perf_counter() - began
+            self.totals[phase] += time.perf_counter() - began
 
     def add(self, split: int, total: torch.Tensor, count: int) -> float:
         """Take in a batch's summed loss; returns it as a number."""
@@ -169,10 +184,12 @@ class Meter:
 
     def _record(self, at: int, learning_rate: float) -> None:
         seconds = time.perf_counter() - self._since
-        training = max(seconds - self._seconds["validate"] - self._seconds["checkpoint"], 1e-9)
+        apart = sum(self._seconds[phase] for phase in ("validate", "checkpoint", "select"))
+        training = max(seconds - apart, 1e-9)
         frames = sum(int(c) for _, c in self._losses.values())
         mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / training, **self._seconds,
-                "exchange_active": self.active() - self._active}
+                "exchange_active": self.active() - self._active,
+                **{f"sent_{what}": size - self._sent.get(what, 0) for what, size in self.sent().items()}}
         joined = self.comm.gather({"mine": mine, "losses": sorted(self._losses.items())})
         losses = sorted(entry for rank in joined for entry in rank["losses"])
         count = sum(int(c) for _, (_, c) in losses)

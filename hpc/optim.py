@@ -11,7 +11,7 @@ Legend: S floats of the slice. Slots are state tensors [S] that the strategy kee
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -59,7 +59,7 @@ class SGD:
 class Momentum(SGD):
     """m = momentum * m + g; w -= rate * m. With its own momentum in the first epoch."""
 
-    slots = ("momentum",)
+    slots: tuple[str, ...] = ("momentum",)
     kernel = "momentum"
 
     def __init__(
@@ -89,25 +89,47 @@ class Nesterov(Momentum):
     kernel = "nesterov"
 
 
-class AdaGrad(SGD):
-    """a += g^2; w -= rate * g / (sqrt(a) + epsilon). Duchi et al. 2011; paper 002, section 4."""
+class AdaGrad(Momentum):
+    """a += g^2; w -= rate * g / (sqrt(a) + epsilon). Duchi et al. 2011; with momentum, paper 002, sections 4 and 5.3.
 
-    slots = ("squares",)
-    kernel = "adagrad"
+    On the raw gradient, before momentum:  a += g^2;  m = momentum * m + g / (sqrt(a) + epsilon);  w -= rate * m
+    On the smoothed one, after momentum:   m = momentum * m + g;  a += m^2;  w -= rate * m / (sqrt(a) + epsilon)
+    """
 
     def __init__(
         self,
         *,
         learning_rate: Positive,
+        momentum: Fraction = 0.0,
+        momentum_first_epoch: Annotated[float, Ge(-1), Lt(1)] = -1.0,
+        placement: Literal["before", "after"] = "before",
         epsilon: Positive = 1e-6,
         l2: NotNegative = 0.0,
         weight_decay: NotNegative = 0.0,
     ):
-        super().__init__(learning_rate=learning_rate, l2=l2, weight_decay=weight_decay)
+        """momentum, momentum_first_epoch: as `Momentum` has them; where both are 0 there is no state for them
+        placement  "before": AdaGrad, then momentum (the paper's better one); "after": momentum, then AdaGrad
+
+        Raises ValueError for a placement after a momentum that is not there.
+        """
+        super().__init__(
+            learning_rate=learning_rate, momentum=momentum, momentum_first_epoch=momentum_first_epoch, l2=l2,
+            weight_decay=weight_decay,
+        )
         self.epsilon = epsilon
+        if self.momentum or self.momentum_first_epoch:
+            self.slots = ("squares", "momentum")
+            self.kernel = "adagrad_momentum" if placement == "before" else "momentum_adagrad"
+        elif placement == "before":
+            self.slots, self.kernel = ("squares",), "adagrad"
+        else:
+            raise ValueError(
+                "optim.placement = 'after' applies AdaGrad to the gradient that momentum smoothed, and optim.momentum "
+                "is 0; set optim.momentum (0.9, say), or leave placement out"
+            )
 
     def constants(self, rate: Rate, updates: int) -> dict[str, float]:
-        return {"epsilon": self.epsilon}
+        return super().constants(rate, updates) | {"epsilon": self.epsilon}
 
 
 class Adam(SGD):

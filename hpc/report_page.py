@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hpc.quantities import amount, counted, duration, hidden_share, metric, moment, percent, spoken
+from hpc.quantities import amount, counted, duration, hidden_share, metric, moment, percent, said_of_bytes, spoken
 from hpc.records import metrics_of, number
 from hpc.summary import (
     FAILED,
@@ -189,6 +189,9 @@ def _numbers(run: RunHistory) -> str:
     ]
     if summary["exchange_hidden"] is not None:
         cards.append(("exchange hidden", percent(summary["exchange_hidden"]), "behind forward and backward"))
+    if summary["sent"]["bytes"]:
+        said = said_of_bytes(summary["sent"]).partition(", ")[2] or "gradients, and weights or updates"
+        cards.append(("bytes between ranks", amount(summary["sent"]["bytes"]), said))
     return '<div class="numbers">' + "".join(
         f'<div class="number"><span>{_text(title)}</span><b>{_text(value)}</b><span>{_text(note)}</span></div>'
         for title, value, note in cards

@@ -17,14 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from hpc.quantities import is_fraction, spoken
+from hpc.quantities import is_fraction, metric, spoken
 from hpc.records import number
 from hpc.summary import RunHistory, error_name, phases_in, time_by_rank
 
 WIDTH, DPI = 12.5, 128  # inches and dots an inch: 1600 pixels
 # Which of a theme's series a phase has; "compute" is what forward and backward were before they were told apart.
-PHASE_SERIES = {"compute": 0, "backward": 0, "forward": 5, "exchange": 1, "read": 3, "validate": 2, "checkpoint": 4}
-WHITE_ON = ("compute", "backward", "exchange", "validate")  # phases dark enough, in LIGHT, for white text
+PHASE_SERIES = {"compute": 0, "backward": 0, "forward": 5, "exchange": 1, "read": 3, "validate": 2, "checkpoint": 4,
+                "select": 6}
+WHITE_ON = ("compute", "backward", "exchange", "validate", "select")  # phases dark enough, in LIGHT, for white text
 LINES_AT_MOST = 8  # ranks drawn one line each; more become a band
 BARS_AT_MOST = 16  # ranks with a labelled bar
 
@@ -129,18 +130,22 @@ def picture(run: RunHistory, theme: Theme = LIGHT) -> Figure:
     """What `draw` renders."""
     bars = time_by_rank([*run.of("train"), *run.of("rest")])
     spent_height = 1.0 + (0.32 * max(len(bars), 2) if len(bars) <= BARS_AT_MOST else 2.6)
-    figure = new_figure(3.5 + 2.8 + spent_height, theme)
-    grid = figure.add_gridspec(3, 2, height_ratios=[3.5, 2.8, spent_height])
-    metric = error_name(run.of("validate"))
-    losses = figure.add_subplot(grid[0, 0] if metric else grid[0, :])
+    heights = [3.5, 2.8, *([2.8] if run.of("minibatch") else []), spent_height]
+    figure = new_figure(sum(heights), theme)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    judged = error_name(run.of("validate"))
+    losses = figure.add_subplot(grid[0, 0] if judged else grid[0, :])
     panels = [losses]
     _losses(losses, run, theme)
-    if metric:
+    if judged:
         panels.append(figure.add_subplot(grid[0, 1]))
-        _metric(panels[-1], run, theme, metric)
+        _metric(panels[-1], run, theme, judged)
     panels += [figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])]
     _learning_rate(panels[-2], run, theme)
     _throughput(panels[-1], run, theme)
+    if run.of("minibatch"):
+        panels.append(figure.add_subplot(grid[2, :]))
+        _minibatch(panels[-1], run, theme)
     last = max((number(r["epoch"]) for r in run.records if "epoch" in r), default=1.0)
     for axes in panels:
         if axes.lines:
@@ -149,7 +154,7 @@ def picture(run: RunHistory, theme: Theme = LIGHT) -> Figure:
                 axes.axvline(at, color=theme.muted, linewidth=1.2, linestyle=(0, (1, 3)), zorder=1)
                 if axes is losses:
                     axes.text(at, 0.02, " resumed", transform=axes.get_xaxis_transform(), color=theme.muted, fontsize=9)
-    _time_spent(figure.add_subplot(grid[2, :]), bars, theme)
+    _time_spent(figure.add_subplot(grid[-1, :]), bars, theme)
     return figure
 
 
@@ -230,6 +235,30 @@ def _learning_rate(axes: Axes, run: RunHistory, theme: Theme) -> None:
         axes.yaxis.set_major_locator(FixedLocator(used.tolist()))
         axes.yaxis.set_minor_locator(FixedLocator([]))
     return None
+
+
+def _minibatch(axes: Axes, run: RunHistory, theme: Theme) -> None:
+    """The size in use, and at every selection what each size tried came to."""
+    selections = run.of("minibatch")
+    name = selections[-1]["metric"]
+    dress(axes, theme, "Minibatch size", "epoch", f"beside the sizes tried: {spoken(name)} on the stretch tried on")
+    x, y = _series(selections, "chosen")
+    first = number(run.start.get("batch"))
+    last = max(number(r["epoch"]) for r in run.records if "epoch" in r)
+    axes.plot([0.0, *x, last], [first, *y, y[-1]], color=theme.series[0], linewidth=2, drawstyle="steps-post")
+    for selection in selections:
+        for size, value in selection["tried"].items():
+            failed = value is None
+            axes.plot([selection["epoch"]], [int(size)], "x" if failed else "o", markersize=5,
+                      color=theme.series[1] if failed else theme.muted)
+            axes.annotate("failed" if failed else metric(name, value), (selection["epoch"], int(size)), (5, 4),
+                          textcoords="offset points", fontsize=8, color=theme.muted)
+    sizes = sorted({int(size) for selection in selections for size in selection["tried"]} | {int(first)})
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    axes.yaxis.set_major_locator(FixedLocator(sizes))
+    axes.yaxis.set_minor_locator(FixedLocator([]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _throughput(axes: Axes, run: RunHistory, theme: Theme) -> None:

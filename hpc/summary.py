@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.quantities import hidden_share
+from hpc.quantities import bytes_sent, hidden_share
 from hpc.records import metrics_of, number, read_attempts, read_records
 
-PHASES = ("forward", "backward", "exchange", "read", "validate", "checkpoint")
+PHASES = ("forward", "backward", "exchange", "read", "validate", "checkpoint", "select")
 COMPUTE = "compute"  # forward and backward in one, as runs were recorded before they were told apart
 OTHER = "other"  # what an interval took beyond its phases
 FINISHED, FAILED, PREEMPTED, OPEN = "finished", "failed", "preempted", "running or interrupted"
@@ -170,6 +170,12 @@ def hidden_of(trains: Sequence[dict[str, Any]]) -> float | None:
     return hidden_share(sum(waited for waited, _ in by_rank), sum(active for _, active in by_rank))
 
 
+def sent_of(run: RunHistory) -> dict[str, int]:
+    """Bytes that ranks sent each other, over all intervals (`quantities.bytes_sent`)."""
+    parts = [part for record in [*run.of("train"), *run.of("rest")] for part in record.get("by_rank", ())]
+    return bytes_sent([{key.removeprefix("sent_"): value for key, value in part.items()} for part in parts])
+
+
 def frames_per_second(trains: Sequence[dict[str, Any]]) -> float:
     """Frames a second of all ranks together, over the training intervals; NaN without any."""
     seconds = sum(number(t["seconds"]) for t in trains)
@@ -204,6 +210,7 @@ def summarize(run: RunHistory) -> dict[str, Any]:
         "seconds": run.seconds,
         "frames_per_s": frames_per_second(run.of("train")),
         "exchange_hidden": hidden_of(run.of("train")),
+        "sent": sent_of(run),
         "ranks": run.start.get("ranks"),
         "hosts": sorted(set(run.start.get("hosts", ()))),
         "resumes": max(0, len(run.of("start")) - 1),

@@ -14,8 +14,8 @@ from collectives.comm import Comm, RootFailed, check_dealing, everywhere
 from collectives.strategy import TrainingFailed
 from hpc.build import Carries, finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
-from hpc.config import Recipe, load
-from hpc.quantities import counted
+from hpc.config import Recipe, load, options
+from hpc.quantities import bytes_sent, counted, said_of_bytes
 from hpc.run import MODEL, SUCCESS, RunFolder
 from hpc.runtime import PREEMPTED, Device, StopFlag, Watchdog, open_log, versions
 from hpc.train import Job, train
@@ -48,6 +48,7 @@ def _check(recipe: Recipe, comm: Comm) -> None:
     """Raise ValueError for what a recipe says wrong, before a run folder is made."""
     check_dealing(recipe.splits, comm.size)
     make_policy(recipe)
+    registry()["optim"][recipe.optim.name](**options(recipe.optim))  # for what it refuses
     if recipe.init_from:
         finished_model(Path(recipe.init_from))
 
@@ -100,10 +101,13 @@ def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolde
     finished = train(job, at, carries)
     job.batches.close()
     comm.barrier()
+    sent = bytes_sent(comm.gather(job.strategy.sent()))
+    if sent["bytes"]:
+        log.info("sent between ranks: %s", said_of_bytes(sent))
     end: dict[str, Any] = {
         "step": job.meter.at, "frames": job.meter.progress(job.meter.at)[1], "seconds": time.monotonic() - began,
         "best_step": job.schedule.best_at, "best": {job.metric: job.schedule.best} if job.evaluate else {},
-        "stopped": job.schedule.stopped if finished else "preempted", "ranks": comm.size,
+        "stopped": job.schedule.stopped if finished else "preempted", "ranks": comm.size, "sent": sent,
     }
     if finished:
         if not torch.isfinite(job.saver.flat.weights).all():

@@ -7,13 +7,16 @@ With g the gradient, w the weights, m, a, u the state, all [S], and the constant
     momentum  m <- momentum * m + g';                          w <- w' - rate * m
     nesterov  m <- momentum * m + g';                          w <- w' - rate * (g' + momentum * m)
     adagrad   a <- a + g' g';                                  w <- w' - rate * g' / (sqrt(a) + epsilon)
+    adagrad_momentum  a <- a + g' g';  m <- momentum * m + g' / (sqrt(a) + epsilon);  w <- w' - rate * m
+    momentum_adagrad  m <- momentum * m + g';  a <- a + m m;   w <- w' - rate * m / (sqrt(a) + epsilon)
     adam      m <- momentum * m + fresh * g';  a <- beta2 * a + fresh2 * g' g';
               w <- w' - rate * m / (sqrt(a) * correction2 + epsilon)
     adamax    m <- momentum * m + fresh * g';  u <- max(beta2 * u, |g'|);  w <- w' - rate * m / (u + epsilon)
 
 Every operation is rounded by itself, on both sides as in the reference, so all of them give the same bits (a GPU's
-denormal numbers apart). Sources: paper 002, equation (1); Sutskever et al. 2013; Duchi et al. 2011; Kingma and Ba 2015,
-algorithms 1 and 2. Corrections for the number of updates are the caller's: they are in `rate` and `correction2`.
+denormal numbers apart). Sources: paper 002, equation (1), and section 5.3 for AdaGrad before and after momentum;
+Sutskever et al. 2013; Duchi et al. 2011; Kingma and Ba 2015, algorithms 1 and 2. Corrections for the number of updates
+are the caller's: they are in `rate` and `correction2`.
 
 Legend: S floats of the slice.
 """
@@ -47,8 +50,11 @@ class Constants(NamedTuple):
     epsilon: float = 0.0
 
 
-# How many state tensors a rule has.
-SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adagrad": 1, "adam": 2, "adamax": 2}
+# How many state tensors a rule has; where it has two, AdaGrad's are a and m, in this order.
+SLOTS = {
+    "sgd": 0, "momentum": 1, "nesterov": 1, "adagrad": 1, "adagrad_momentum": 2, "momentum_adagrad": 2, "adam": 2,
+    "adamax": 2,
+}
 
 
 def update_(
@@ -107,6 +113,11 @@ def reference(
         step = smoothed if rule == "momentum" else g + c.momentum * smoothed
     elif rule == "adagrad":
         step = g / (_root(slots[0].add_(g * g)) + c.epsilon)
+    elif rule == "adagrad_momentum":
+        step = slots[1].mul_(c.momentum).add_(g / (_root(slots[0].add_(g * g)) + c.epsilon))
+    elif rule == "momentum_adagrad":
+        smoothed = slots[1].mul_(c.momentum).add_(g)
+        step = smoothed / (_root(slots[0].add_(smoothed * smoothed)) + c.epsilon)
     else:
         mean, size = slots[0].mul_(c.momentum).add_(c.fresh * g), slots[1].mul_(c.beta2)
         if rule == "adam":

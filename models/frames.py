@@ -4,8 +4,8 @@ A DNN sees a window of frames; its items are frames. Recurrent layers see whole 
 (epoch-wise BPTT); padding never counts.
 
 Source: paper 002, sections 2 and 5 (P(s|o) of a tied state from an observation vector; 7 hidden layers of 2048 to 9304
-senones), sigmoid or ReLU (table 2); paper 003, section 3.1 (11 frames of input); paper 001, section 3.5 (SRU and
-bidirectional SRU acoustic models).
+senones), sigmoid, ReLU, or matrices factored by SVD (table 2, whose low-latency front-end is not here); paper 003,
+section 3.1 (11 frames of input); paper 001, section 3.5 (SRU and bidirectional SRU acoustic models).
 
 Legend: B frames of a batch or utterances, T frames of the longest, N of all, W = 2 * context + 1 frames of a window, D
 values a frame, C classes.
@@ -21,9 +21,10 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch.nn import functional
 
-from models.layers.acoustic import DNN, AcousticRNN, within
+from models.layers.acoustic import DNN, AcousticRNN, dnn_sizes, within
+from models.layers.factored import Factored, factors, largest_rank
 from models.layers.recurrent import FORGET_BIAS
-from models.task import Carry, Loss, Piece, Sums, Task
+from models.task import Carry, Loss, Piece, Sums, Task, Tensors
 
 # What a network may have; the first is what it has if nothing is said.
 OF_SRU = ("tanh", "relu", "identity")
@@ -55,12 +56,15 @@ class Frames(Task):
     layers         hidden layers
     width          units a hidden layer; of each direction
     activation     "sigmoid" (the default) or "relu"; of SRU "tanh" (the default), "relu" or "identity"
+    factored       DNN: the rank of its matrices, each then the product of two, where that makes it smaller (the input's
+                   and the output's too); 0: all are whole
     dropout        standard dropout after each hidden layer; in SRU, of g(c)
     variational    recurrent layers: dropout of what goes into their matrix products, the same at all steps
     forget_bias    recurrent layers: of the gates that keep the state, at the start (not under "uniform" and "normal")
     init           "glorot": uniform of half-range sqrt(6 / (in + out)); "he": normal of deviation sqrt(2 / in);
                    "uniform" and "normal": half-range or deviation `init_range`. Biases start at 0. The first
-                   two leave recurrent layers the initialisation that they have themselves.
+                   two leave recurrent layers the initialisation that they have themselves. A factored matrix starts
+                   as near as its rank allows to a whole one drawn so, which makes it a little smaller.
     init_range     see init
 
     Raises ValueError for options that the network does not have.
@@ -79,6 +83,7 @@ class Frames(Task):
         layers: Annotated[int, Ge(0)] = 3,
         width: Annotated[int, Ge(1)] = 512,
         activation: Literal["", "sigmoid", "relu", "tanh", "identity"] = "",
+        factored: Annotated[int, Ge(0)] = 0,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         variational: Annotated[float, Ge(0), Lt(1)] = 0.0,
         forget_bias: float = FORGET_BIAS,
@@ -95,6 +100,8 @@ class Frames(Task):
             raise ValueError(
                 "task.bidirectional, task.variational and task.forget_bias are for recurrent networks; set task.network"
             )
+        if network != "dnn" and factored:
+            raise ValueError(f"task.factored is for task.network = 'dnn', this is '{network}'; leave it out")
         if network != "dnn" and not layers:
             raise ValueError(f"task.layers = 0: task.network = '{network}' needs at least one")
         self.network, self.bidirectional = network, bidirectional
@@ -102,19 +109,29 @@ class Frames(Task):
         self.unit = "row" if network == "dnn" else "sequence"
         self.margin = context
         self.layers, self.width, self.activation, self.dropout = layers, width, activation or known[0], dropout
-        self.init, self.init_range = init, init_range
+        self.init, self.init_range, self.factored = init, init_range, factored
         self.mean = torch.tensor(data["features"]["mean"], dtype=torch.float32)
         self.deviation = torch.tensor(data["features"]["std"], dtype=torch.float32)
         self.classes: int = data["labels"]["classes"]
         if self.classes < 2:
             raise ValueError(f"the data set has {self.classes} class, nothing to tell apart; prepare at least two")
+        largest = max(largest_rank(*size) for size in self._sizes())
+        if factored > largest:
+            raise ValueError(
+                f"task.factored = {factored} would make no matrix of this network smaller; "
+                + (f"choose at most {largest}" if largest else "leave it out")
+            )
         self.offsets = torch.arange(-context, context + 1)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        return dnn_sizes((2 * self.margin + 1) * len(self.mean), self.layers, self.width, self.classes)
 
     def model(self) -> torch.nn.Module:
         window = 2 * self.margin + 1
         if self.network == "dnn":
             return DNN(
-                self.mean, self.deviation, window, self.layers, self.width, self.classes, self.activation, self.dropout
+                self.mean, self.deviation, window, self.layers, self.width, self.classes, self.activation, self.dropout,
+                self.factored,
             )
         options: dict[str, Any] = {"activation": self.activation} if self.activation else {}
         return AcousticRNN(
@@ -128,8 +145,18 @@ class Frames(Task):
             model.recurrent.initialise(generator)
             self._initialise(model.output, generator)
             return
-        for module in model.modules():
-            self._initialise(module, generator)
+        self._initialise_all(model, generator)
+
+    def _initialise_all(self, module: torch.nn.Module, generator: torch.Generator) -> None:
+        """A module's parameters and its children's, drawn in the same order with factored matrices as with whole."""
+        if isinstance(module, Factored):
+            whole = torch.nn.Linear(module.down.in_features, module.up.out_features)
+            self._initialise(whole, generator)
+            module.take_(whole)
+            return
+        self._initialise(module, generator)
+        for child in module.children():
+            self._initialise_all(child, generator)
 
     def _initialise(self, layer: torch.nn.Module, generator: torch.Generator) -> None:
         """A layer's own parameters: matrices as `init` says, vectors zero."""
@@ -148,6 +175,16 @@ class Frames(Task):
                     parameter.uniform_(-self.init_range, self.init_range, generator=generator)
                 else:
                     parameter.normal_(0.0, self.init_range, generator=generator)
+
+    def adapted(self, model: torch.nn.Module, tensors: Tensors) -> Tensors:
+        """Whole matrices are restructured by SVD where this model has them factored (paper 002, [13])."""
+        adapted = dict(tensors)
+        for name, layer in model.named_modules():
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if isinstance(layer, Factored) and {weight, bias} <= adapted.keys() and adapted[weight].ndim == 2:
+                down, up = factors(adapted.pop(weight), layer.down.out_features)
+                adapted |= {f"{name}.down.weight": down, f"{name}.up.weight": up, f"{name}.up.bias": adapted.pop(bias)}
+        return adapted
 
     def check(self, piece: Piece) -> None:
         features, labels = piece.fields["features"], piece.fields["labels"]

@@ -13,6 +13,7 @@ import torch
 
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count): additive, divided once, at the very end
 Carry = tuple[torch.Tensor, ...] | None  # what a split's next batch starts from (hidden state); None: from nothing
+Tensors = dict[str, torch.Tensor]  # a model's parameters and buffers by name
 Loss = tuple[torch.Tensor, int, Carry]  # summed loss (scalar), what it counts, and what comes out to go on from
 
 
@@ -84,6 +85,11 @@ class Task(Protocol):
 
     def initialise(self, model: torch.nn.Module, generator: torch.Generator) -> None:
         """Fresh weights; all their randomness comes from `generator`."""
+
+    def adapted(self, model: torch.nn.Module, tensors: Tensors) -> Tensors:
+        """What a finished run learned, as this recipe's model holds it, where a run starts from another recipe's model
+        (`init_from`). What cannot be turned into it stays as it is, and is complained of by who loads it."""
+        return tensors
 
     def check(self, piece: Piece) -> None:
         """Raise ValueError, naming the utterance, if a piece just read cannot be trained on."""

@@ -97,6 +97,20 @@ def test_survivors_name_a_killed_peer_and_the_bucket(tmp_path, plain_environment
         assert failure["rank"] in (0, 2) and "PeerLost: rank 1 on" in failure["error"]
 
 
+@pytest.mark.skipif(not shutil.which("mpiexec.gforker"), reason="needs a launcher that leaves survivors some time")
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_survivors_of_1_bit_sgd_name_a_killed_peer(tmp_path, plain_environment, beside):
+    words = [word for word in long_run(tmp_path, 4) if "bucket_mib" not in word]
+    words += [f'strategy={{name="onebit", double_buffering={beside}}}', "data.batch=48"]
+    process = start(["mpiexec.gforker", "-n", "2", *words], plain_environment)
+    under_way(tmp_path, process)
+    os.kill(pid_of(1, words[6]), signal.SIGKILL)
+    said = ended(process, WATCHDOG + 6)
+    assert re.search(r"rank 1 on \S+ is gone; this rank wait(ed|s) for", said), said
+    assert "no progress" not in said, "there was no need to be patient"
+    assert not (tmp_path / "run/success").exists()
+
+
 def test_a_killed_peer_ends_the_job_at_once(tmp_path, plain_environment):
     words = long_run(tmp_path, 2)
     process = start(["mpiexec", "-n", "2", *words], plain_environment)

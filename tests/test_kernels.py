@@ -16,6 +16,7 @@ SIZES = (0, 1, 7, 64, 1000, 100_001)
 # The constants that each rule reads, beside those of all.
 OWN = {
     "sgd": (), "momentum": ("momentum",), "nesterov": ("momentum",), "adagrad": ("epsilon",),
+    "adagrad_momentum": ("momentum", "epsilon"), "momentum_adagrad": ("momentum", "epsilon"),
     "adam": ("momentum", "fresh", "beta2", "fresh2", "correction2", "epsilon"),
     "adamax": ("momentum", "fresh", "beta2", "epsilon"),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from hpc.__main__ import build_parser
 from hpc.build import registry
-from hpc.config import Data, keywords_of, load
+from hpc.config import Data, Minibatch, keywords_of, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,12 +53,13 @@ def test_the_table_of_recipe_keys_is_true():
         table: {key for cls in known[table].values() for key in keywords_of(cls)} | {"name"} | set(known[table])
         for table in ("task", "strategy", "optim", "schedule")
     }
-    assert {"task", "strategy", "optim", "schedule", "data", "validate", "checkpoint", "log"} == set(rows)
+    assert {"task", "strategy", "optim", "schedule", "data", "validate", "minibatch", "checkpoint", "log"} == set(rows)
     for table, keys in valid.items():
         told = set(re.findall(r"`(\w+)`", rows[table]))
         assert told and told <= keys, (table, told - keys)
         assert set(known[table]) <= set(re.findall(r"\w+", rows[table])), table
-    assert set(re.findall(r"`(\w+)`", rows["data"])) == set(Data.model_fields)
+    for table, section in (("data", Data), ("minibatch", Minibatch)):
+        assert set(re.findall(r"`(\w+)`", rows[table])) == set(section.model_fields), table
 
 
 def test_ci_calls_what_the_readme_names():

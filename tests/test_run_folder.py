@@ -28,6 +28,7 @@ def test_a_recipe_that_failed_before_learning_anything_can_be_corrected(trireme,
         ("schedule={name='steps', at=[1.0], rates=[]}", "give one rate each"),
         ("schedule={name='replay', of='nowhere'}", "not a run folder"),
         ("device=cuda", "torch sees no GPU"),
+        ("optim={name='adagrad', learning_rate=0.1, placement='after'}", "set optim.momentum (0.9, say)"),
     ],
 )
 def test_what_a_recipe_says_wrong_is_said_before_training(trireme, tmp_path, override, words):

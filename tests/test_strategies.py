@@ -153,19 +153,28 @@ def save(problem, folder):
     problem.comm.barrier()
 
 
+# What is near to the minimum: a wire of 8 bits does not carry the last of the way; what 1-bit SGD has not applied yet
+# shrinks with the rate.
+NEAR = {"allreduce in bfloat16": 1e-4, "1-bit": 6e-4}
+FAR = {  # from the minimum, 0.009 away at first
+    "1-bit without error feedback": 5e-3, "1-bit, local AdaGrad": 1e-3,  # every split divides by roots of its own
+}
+
+
 @laws
 def test_a_quadratic_is_brought_to_its_minimum():
     torch.set_num_threads(1)
-    targets = torch.randn(SPLITS, 2000, generator=torch.Generator().manual_seed(5)) * 0.01
+    targets = torch.randn(SPLITS, 300, generator=torch.Generator().manual_seed(5)) * 0.01
     for name in STRATEGIES:
         comm = Comm(SPLITS)
-        model = torch.nn.Linear(2000, 1, bias=False)
+        model = torch.nn.Linear(300, 1, bias=False)
         flat = Flat(model, partial(comm.memory.zeros, device=CPU))
         strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1), SPLITS)
         strategy.prepare()
         strategy.begin()
-        for _ in range(400):
-            strategy.rate = Rate(0.2, 0)
+        for t in range(400):
+            strategy.rate = Rate(0.2 * 0.98 ** max(0, t - 100), 0)
+            strategy.span(1)
             for split in comm.splits:
                 strategy.enter(split)
                 (0.5 * (model.weight - targets[split]).square().sum()).backward()
@@ -173,8 +182,11 @@ def test_a_quadratic_is_brought_to_its_minimum():
                 strategy.leave(split)
             strategy.advance(1)
         strategy.end()
-        near = 1e-4 if "bfloat16" in name else 1e-6  # a wire of 8 bits does not carry the last of the way
-        torch.testing.assert_close(model.weight[0], targets.mean(0), rtol=0, atol=near)
+        apart = float((model.weight[0] - targets.mean(0)).detach().abs().max())
+        if name in FAR:
+            assert apart > FAR[name], name
+        else:
+            assert apart < NEAR.get(name, NEAR["1-bit"] if name.startswith("1-bit") else 1e-6), (name, apart)
 
 
 @laws

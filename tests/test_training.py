@@ -10,6 +10,7 @@ import time
 
 import pytest
 from material import RECIPE, shared_data, write_recipe
+from safetensors import safe_open
 
 from hpc.records import read_records
 from hpc.shards import sha256_of
@@ -40,6 +41,7 @@ def train(trireme, recipe, ranks, run, *overrides):
 
 @pytest.mark.parametrize(("splits", "ranks", "changes"), [
     (4, (1, 2, 4), ()), (12, (1, 2, 3, 4, 6), ()),
+    (4, (1, 2), ("optim={name='adagrad', learning_rate=0.01, momentum=0.9, momentum_first_epoch=0.5, epsilon=1e-3}",)),
     (4, (1, 2, 4), ("task.init=he", "task.width=600")),  # drawn in place, in steps that read what was drawn
 ])
 def test_the_same_bytes_for_every_number_of_ranks(trireme, tmp_path, splits, ranks, changes):
@@ -70,6 +72,41 @@ def test_recurrent_acoustic_models_keep_the_law(trireme, tmp_path):
              for k, r in ((1, 3), (4, 1))]
     assert shown[0]["loss"] == shown[1]["loss"] and shown[0]["frame_error"] < 0.6
     trireme("predict", tmp_path / "run1", tmp_path / "validation", "--to", "ark", ranks=2)
+
+
+def test_factored_matrices_keep_the_law_and_start_from_whole_ones(trireme, start, tmp_path):
+    recipe, whole = write_recipe(tmp_path), tmp_path / "whole"
+    train(trireme, recipe, 2, whole)
+    fresh = ("task.factored=4", "schedule={name='constant', epochs=2}")
+    drawn = {train(trireme, recipe, k, tmp_path / f"drawn{k}", *fresh) for k in (1, 2)}
+    assert len(drawn) == 1
+    changes = (*fresh, f"init_from={whole}", "checkpoint.every=192")
+    runs = {k: tmp_path / f"run{k}" for k in (1, 2)}
+    one, two = (train(trireme, recipe, k, run, *changes) for k, run in runs.items())
+    assert one == two and one not in drawn
+    first, later = (
+        next(r["loss"] for r in read_records(run) if r["event"] == "train") for run in (tmp_path / "drawn1", runs[1])
+    )
+    assert later < 0.8 * first, "it begins with what was learned"
+    with safe_open(runs[1] / "model.safetensors", "pt") as file:
+        assert {"hidden.0.down.weight", "hidden.3.up.bias", "output.up.weight"} <= set(file.keys())
+    shown = json.loads(trireme("evaluate", runs[2], tmp_path / "validation", "--json", ranks=2).stdout)
+    assert shown["frame_error"] < 0.6
+    trireme("predict", runs[1], tmp_path / "validation", "--to", "ark")
+
+    stopped = tmp_path / "stopped"
+    process = start("train", recipe, f"run={stopped}", *changes, ranks=2)
+    wait_for_step(stopped, 20, process)
+    kill(process)
+    assert train(trireme, recipe, 1, stopped, *changes) == one
+
+    for wrong, words in (
+        (("task.factored=4", f"init_from={whole}", "task.width=32"), "use the recipe (layers, width, context)"),
+        (("task.factored=3", f"init_from={runs[1]}"), "use the recipe (layers, width, context)"),
+        ((f"init_from={runs[1]}",), "has other parameters than the recipe's model"),
+    ):
+        done = trireme("train", recipe, f"run={tmp_path / 'wrong'}", *wrong, code=1)
+        assert words in done.stderr
 
 
 def ranks_below(pid):

@@ -50,6 +50,22 @@ struct AdaGrad {
     }
 };
 
+struct AdaGradMomentum {
+    SHARED float step(const Constants& c, float g, float w, float& one, float& two) {
+        one = one + g * g;
+        two = c.momentum * two + g / (sqrtf(one) + c.epsilon);
+        return w - c.rate * two;
+    }
+};
+
+struct MomentumAdaGrad {
+    SHARED float step(const Constants& c, float g, float w, float& one, float& two) {
+        two = c.momentum * two + g;
+        one = one + two * two;
+        return w - c.rate * (two / (sqrtf(one) + c.epsilon));
+    }
+};
+
 struct Adam {
     SHARED float step(const Constants& c, float g, float w, float& one, float& two) {
         one = c.momentum * one + c.fresh * g;
@@ -68,10 +84,12 @@ struct Adamax {
 };
 
 // RULE(name, struct, number of state arrays)
-#define FOR_EVERY_RULE(RULE)    \
-    RULE(sgd, Sgd, 0)           \
-    RULE(momentum, Momentum, 1) \
-    RULE(nesterov, Nesterov, 1) \
-    RULE(adagrad, AdaGrad, 1)   \
-    RULE(adam, Adam, 2)         \
+#define FOR_EVERY_RULE(RULE)                   \
+    RULE(sgd, Sgd, 0)                          \
+    RULE(momentum, Momentum, 1)                \
+    RULE(nesterov, Nesterov, 1)                \
+    RULE(adagrad, AdaGrad, 1)                  \
+    RULE(adagrad_momentum, AdaGradMomentum, 2) \
+    RULE(momentum_adagrad, MomentumAdaGrad, 2) \
+    RULE(adam, Adam, 2)                        \
     RULE(adamax, Adamax, 2)

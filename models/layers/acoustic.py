@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from models.layers.factored import linear
 from models.layers.recurrent import Kind, Recurrent
 
 ACTIVATIONS = {"sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
@@ -35,25 +36,33 @@ class Normal(torch.nn.Module):
 
 
 class DNN(Normal):
-    """`layers` fully connected layers of `width` units over a normalised window, then `classes` logits."""
+    """`layers` fully connected layers of `width` units over a normalised window, then `classes` logits.
+
+    factored  the rank of every matrix that is smaller as two factors; 0: all are whole
+    """
 
     def __init__(
         self, mean_D: torch.Tensor, deviation_D: torch.Tensor, window: int, layers: int, width: int, classes: int,
-        activation: str, dropout: float,
+        activation: str, dropout: float, factored: int = 0,
     ):
         super().__init__(mean_D, deviation_D)
-        sizes = [window * len(mean_D)] + [width] * layers
+        *of_hidden, of_output = dnn_sizes(window * len(mean_D), layers, width, classes)
         hidden: list[torch.nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            hidden += [torch.nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+        for inputs, outputs in of_hidden:
+            hidden += [linear(inputs, outputs, factored), ACTIVATIONS[activation]()]
             if dropout:
                 hidden.append(torch.nn.Dropout(dropout))
         self.hidden = torch.nn.Sequential(*hidden)
-        self.output = torch.nn.Linear(sizes[-1], classes)
+        self.output = linear(*of_output, factored)
 
     def forward(self, inputs_BWD: torch.Tensor) -> torch.Tensor:
         """Raw windows [B, W, D] to logits [B, C]."""
         return self.output(self.hidden(self.normal(inputs_BWD).flatten(1)))
+
+
+def dnn_sizes(inputs: int, layers: int, width: int, classes: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of every matrix of a DNN, from the first to the output's."""
+    return list(pairwise([inputs, *[width] * layers, classes]))
 
 
 class AcousticRNN(Normal):

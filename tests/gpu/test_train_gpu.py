@@ -29,6 +29,7 @@ def words(folder, *changes):
     return recipe, changes
 
 
+ONEBIT = 'strategy={name="onebit", cold_start=600, double_buffering=true}'
 RNN = 'task={name="frames", network="sru", bidirectional=true, layers=2, width=16}'
 
 
@@ -36,7 +37,8 @@ RNN = 'task={name="frames", network="sru", bidirectional=true, layers=2, width=1
 @pytest.mark.parametrize(("prepare", "changes"), [
     (frames, ()), (frames, (RNN, "data.batch=8", "optim.learning_rate=0.1")), (frames, (RNN.replace("sru", "lstm"),
      "data.batch=8", "optim.learning_rate=0.1")), (words, ()), (sentences, ()), (sentences, ("task.encoder=cnn",)),
-], ids=["dnn", "sru", "lstm", "words", "sentences", "cnn"])
+    (frames, (ONEBIT,)), (frames, (ONEBIT, 'optim={name="adagrad", learning_rate=0.02, momentum=0.5}')),
+], ids=["dnn", "sru", "lstm", "words", "sentences", "cnn", "1-bit", "1-bit, AdaGrad"])
 def test_a_run_on_a_gpu_ends_near_that_on_the_cpu(trireme, tmp_path, prepare, changes, precision):
     recipe, changes = prepare(tmp_path, *changes)
     losses = {}
