@@ -183,7 +183,7 @@ class OneBitSGD(Strategy):
         """Until the exchange that is on its way, if any, has all results here."""
         if self.flying is not None and not self.landed:
             self.updates += self.flying.complete()
-            self.active_s += self.flying.took_s
+            self.active_s += 0.0 if self.comm.alone else self.flying.took_s
             self.landed = True
 
     def _apply(self) -> None:

@@ -219,7 +219,7 @@ def seconds_an_epoch(records: Sequence[dict[str, Any]]) -> float | None:
             reached = 0.0 if record["step"] == 0 else None
         elif record["event"] == "train":
             own = record["by_rank"][0]
-            seconds = record["seconds"] - own["validate"] - own["checkpoint"]
+            seconds = record["seconds"] - own["validate"] - own["checkpoint"] - own.get("select", 0.0)
             if reached is not None and record["epoch"] > reached:
                 rates.append(seconds / (record["epoch"] - reached))
             reached = record["epoch"]

@@ -47,6 +47,17 @@ def test_the_model_is_the_same_on_any_hosts(tmp_path, trireme, on_hosts, splits)
             assert f"exchange: {algorithm}" in said
 
 
+def test_1_bit_sgd_learns_the_same_on_any_hosts(tmp_path, trireme, on_hosts):
+    recipe = write_recipe(tmp_path, splits=4)
+    chosen = 'strategy={name="onebit", double_buffering=true, cold_start=300}'
+    trireme("train", recipe, f"run={tmp_path / 'one'}", chosen, *QUICK)
+    for layout in ([1, 1], [2, 1, 1]):
+        run = tmp_path / str(layout)
+        said = on_hosts(layout, recipe, f"run={run}", chosen, *QUICK)
+        assert sha256_of(run / "model.safetensors") == sha256_of(tmp_path / "one/model.safetensors"), layout
+        assert "times fewer than float32" in said
+
+
 def test_what_is_settled_is_measured_once_and_kept_in_the_run_folder(tmp_path, on_hosts):
     recipe = write_recipe(tmp_path, splits=4)
     said = on_hosts([1, 1], recipe, *QUICK)
