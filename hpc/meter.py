@@ -124,12 +124,13 @@ class Meter:
         self.spans, self.active, self.sent = spans or Spans(), active, sent
         self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
-        self._clear()
+        self._clear(self.sent())
 
-    def _clear(self) -> None:
+    def _clear(self, sent: dict[str, int]) -> None:
+        """A new interval; `sent`: up to its beginning, for a thread may go on sending."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._losses: dict[int, list[float]] = {}
-        self._since, self._active, self._sent = time.perf_counter(), self.active(), self.sent()
+        self._since, self._active, self._sent = time.perf_counter(), self.active(), sent
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -186,17 +187,17 @@ class Meter:
         seconds = time.perf_counter() - self._since
         apart = sum(self._seconds[phase] for phase in ("validate", "checkpoint", "select"))
         training = max(seconds - apart, 1e-9)
-        frames = sum(int(c) for _, c in self._losses.values())
+        frames, sent = sum(int(c) for _, c in self._losses.values()), self.sent()
         mine = {"rank": self.comm.rank, "host": self.comm.host, "frames_per_s": frames / training, **self._seconds,
                 "exchange_active": self.active() - self._active,
-                **{f"sent_{what}": size - self._sent.get(what, 0) for what, size in self.sent().items()}}
+                **{f"sent_{what}": size - self._sent.get(what, 0) for what, size in sent.items()}}
         joined = self.comm.gather({"mine": mine, "losses": sorted(self._losses.items())})
         losses = sorted(entry for rank in joined for entry in rank["losses"])
         count = sum(int(c) for _, (_, c) in losses)
         by_rank = [rank["mine"] for rank in joined]
         if not count:  # nothing trained on since the last record: only validated and saved
             self.journal.write("rest", step=at, seconds=seconds, by_rank=by_rank)
-            return self._clear()
+            return self._clear(sent)
         loss = math.fsum(total for _, (total, _) in losses) / count
         epoch, all_frames = self.progress(at)
         self.journal.write(
@@ -207,4 +208,4 @@ class Meter:
         speed = f"{count / training:,.0f} {self.noun}/s"
         speed += "" if hidden is None else f"  exchange hidden {percent(hidden)}"
         self.journal.show(at, f"epoch {epoch:.2f}  loss {loss:.4g}  {speed}  learning rate {learning_rate:.4g}")
-        self._clear()
+        self._clear(sent)

@@ -26,9 +26,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
+from kernels import gpu, native
+
 LANES = 32  # values of a word; lanes in which a column is summed
+ENOUGH = 1 << 15  # floats; a second thread is not worth its start below
+SOURCE = "onebit.cu"
+THREADS = 256  # of a block: eight warps, a column each
+WORDS = 64  # about how many of a column's a warp adds up,
+WARPS = 1 << 16  # unless that would take more warps than this
 
 
 @dataclass(frozen=True)
@@ -106,12 +114,19 @@ class Columns:
     def table(self, device: torch.device) -> torch.Tensor:
         """int64 [3, C]: of every column the first float, the number of floats, the first of its words."""
         if device not in self._tables:
-            words = [0]
-            for width in self.widths:
-                words.append(words[-1] - (-width // LANES))
-            held = [self.starts, self.widths, words[:-1]]
-            self._tables[device] = torch.tensor(held, dtype=torch.int64).view(3, -1).to(device)
+            parts, word = [torch.zeros((3, 0), dtype=torch.int64)], 0
+            for run in self.runs:
+                row = torch.arange(run.rows)
+                parts.append(torch.stack([run.start + row * run.width, torch.full_like(row, run.width),
+                                          word + row * run.words]))
+                word += run.rows * run.words
+            self._tables[device] = torch.cat(parts, 1).to(device)
         return self._tables[device]
+
+    @property
+    def end(self) -> int:
+        """The float after the last column."""
+        return self.runs[-1].start + self.runs[-1].rows * self.runs[-1].width if self.runs else 0
 
 
 def quantize_(values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor) -> bool:
@@ -124,20 +139,69 @@ def quantize_(values: torch.Tensor, residual: torch.Tensor | None, columns: Colu
 
     Source: paper 002, section 3.
     """
-    return reference_quantize_(values, residual, columns, packed)
+    floats = (values,) if residual is None else (values, residual)
+    assert all(t.dtype == values.dtype and t.shape == values.shape and t.is_contiguous() for t in floats)
+    assert packed.shape == (columns.packed,) and packed.is_contiguous() and packed.dtype == torch.int32
+    assert columns.end <= values.numel() and all(t.device == values.device for t in (*floats, packed))
+    kept = 0 if residual is None else residual.data_ptr()
+    if gpu.serves(values):
+        bad = torch.zeros(1, dtype=torch.int32, device=values.device)
+        packed[0] = 1
+        floats_and_row = (values.data_ptr(), kept, packed.data_ptr())
+        _launch("quantize", 1, floats_and_row, columns, (bad.data_ptr(),), values.device)
+        return not bad.item()
+    library = native.library()
+    if library is None or values.is_cuda or values.dtype != torch.float32:
+        return reference_quantize_(values, residual, columns, packed)
+    table = columns.table(values.device).data_ptr()
+    return not library.trireme_onebit_quantize(
+        values.data_ptr(), kept, table, columns.count, packed.data_ptr(), _threads(columns)
+    )
 
 
 def accumulate_(out: torch.Tensor, packed: torch.Tensor, columns: Columns, *, fresh: bool = False) -> None:
     """Add what was quantized, split after split; rows that hold nothing are left out.
 
     out      [F], contiguous, changed in place
-    packed   int32 [N, columns.packed], contiguous: of every split a row
+    packed   int32 [N, columns.packed], every row contiguous: of every split one
     columns  of this stretch
     fresh    whether sums begin at 0 instead of at what `out` holds
 
     Source: paper 002, section 3.1 ("summed up in unquantized form").
     """
-    reference_accumulate_(out, packed, columns, fresh=fresh)
+    rows, row = packed.shape[0], packed.stride(0)
+    assert out.is_contiguous() and columns.end <= out.numel() and packed.device == out.device
+    assert packed.shape[1] == columns.packed and packed.stride(1) == 1 and packed.dtype == torch.int32
+    if gpu.serves(out):
+        longest = max((run.words for run in columns.runs), default=0)
+        shares = min(-(-longest // WORDS), max(1, WARPS // max(1, columns.count)))
+        sizes = (np.int64(rows), np.int64(row), np.int32(fresh))
+        _launch("accumulate", shares, (out.data_ptr(), packed.data_ptr()), columns, sizes, out.device)
+        return
+    library = native.library()
+    if library is None or out.is_cuda or out.dtype != torch.float32:
+        reference_accumulate_(out, packed, columns, fresh=fresh)
+        return
+    table = columns.table(out.device).data_ptr()
+    library.trireme_onebit_accumulate(
+        out.data_ptr(), packed.data_ptr(), rows, row, table, columns.count, fresh, _threads(columns)
+    )
+
+
+def _threads(columns: Columns) -> int:
+    enough = columns.count and columns.end - columns.runs[0].start >= ENOUGH
+    return torch.get_num_threads() if enough else 1
+
+
+def _launch(
+    function: str, shares: int, before: Sequence[int], columns: Columns, after: Sequence[int | np.generic],
+    device: torch.device,
+) -> None:
+    """Queue a kernel, a warp a column, or so many shares of it; its arguments are those before the table and after."""
+    if columns.count:
+        arguments = (*before, columns.table(device).data_ptr(), np.int64(columns.count), *after)
+        blocks = -(-columns.count * LANES // THREADS)
+        gpu.launch(SOURCE, f"trireme_onebit_{function}", (blocks, shares), THREADS, arguments, device)
 
 
 def empty_(packed: torch.Tensor) -> None:

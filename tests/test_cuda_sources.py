@@ -52,6 +52,8 @@ def test_every_source_compiles_and_nothing_spills(architecture):
             assert 0 < kernel.registers <= 255, kernel
             assert not kernel.spills, kernel
     assert {k.function for k in gpu.compiled("update.cu", architecture)} == {f"trireme_{rule}" for rule in SLOTS}
+    both = {f"trireme_onebit_{name}" for name in ("quantize", "accumulate")}
+    assert {k.function for k in gpu.compiled("onebit.cu", architecture)} == both
 
 
 @compiles

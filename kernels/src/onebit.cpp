@@ -1,7 +1,8 @@
 // The CPU side of kernels/onebit.py: column by column, so that what is read twice is still in the cache.
 //
-// The compiler finds no masks by itself, so what a kind of processor has is written by hand; onebit_passes.h is the rest,
-// compiled for each. Threads share columns (of a sum: words), never a column's mean, so their number changes no bit.
+// The compiler does not find a processor's masks by itself, so the few operations that differ are written by hand for
+// each kind of processor; onebit_passes.h is the rest, compiled for each. Threads share columns, or the words of a
+// sum, but never a column's mean: their number changes no bit.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +20,6 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int64_t kStrip = 2048;  // floats of a sum that stay in the first cache while splits are added
 constexpr int kTogether = 4;      // splits that are added between loading a sum and storing it
-constexpr uint32_t kAll = ~uint32_t(0);
 
 uint32_t first_bits(int64_t count) { return (uint32_t(1) << count) - 1; }  // below 32
 
@@ -60,7 +60,6 @@ SHARED Vector spread(float v) { return _mm512_set1_ps(v); }
 SHARED Vector load(const float* from) { return _mm512_loadu_ps(from); }
 SHARED Vector load(const float* from, Mask there) { return _mm512_maskz_loadu_ps(there, from); }
 SHARED void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
-SHARED void store(float* to, Vector v, Mask there) { _mm512_mask_storeu_ps(to, there, v); }
 SHARED Mask not_negative(Vector v) { return _mm512_cmp_ps_mask(v, spread(0.0f), _CMP_GE_OQ); }
 SHARED Vector pick(Mask which, Vector yes, Vector no) { return _mm512_mask_blend_ps(which, no, yes); }
 SHARED uint32_t bits_of(Mask mask) { return mask; }
@@ -84,7 +83,6 @@ SHARED Vector spread(float v) { return _mm256_set1_ps(v); }
 SHARED Vector load(const float* from) { return _mm256_loadu_ps(from); }
 SHARED Vector load(const float* from, Mask there) { return _mm256_maskload_ps(from, whole(there)); }
 SHARED void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
-SHARED void store(float* to, Vector v, Mask there) { _mm256_maskstore_ps(to, whole(there), v); }
 SHARED Mask not_negative(Vector v) { return _mm256_cmp_ps(v, spread(0.0f), _CMP_GE_OQ); }
 SHARED Vector pick(Mask which, Vector yes, Vector no) { return _mm256_blendv_ps(no, yes, which); }
 SHARED uint32_t bits_of(Mask mask) { return uint32_t(_mm256_movemask_ps(mask)); }
@@ -118,11 +116,6 @@ SHARED Vector load(const float* from, Mask there) {
     return v;
 }
 SHARED void store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
-SHARED void store(float* to, Vector v, Mask there) {
-    for (int i = 0; i < kEach; ++i) {
-        if (there[i]) to[i] = v[i];
-    }
-}
 SHARED Mask not_negative(Vector v) { return v >= spread(0.0f); }
 SHARED Vector pick(Mask which, Vector yes, Vector no) { return which ? yes : no; }
 SHARED uint32_t bits_of(Mask mask) {
@@ -149,8 +142,10 @@ SHARED Mask mask_of(uint32_t word, int k) {
 #define CHOSEN(name) any::name
 #endif
 
-int64_t end_of(const int64_t* table, int64_t count) {
-    return count ? table[count - 1] + table[2 * count - 1] : 0;
+// Where part k of n of the floats from the first column to the last begins.
+int64_t edge(const int64_t* table, int64_t count, int64_t k, int64_t n) {
+    if (!count) return 0;
+    return table[0] + (table[count - 1] + table[2 * count - 1] - table[0]) * k / n;
 }
 
 }  // namespace
@@ -159,14 +154,14 @@ int64_t end_of(const int64_t* table, int64_t count) {
 extern "C" int32_t trireme_onebit_quantize(const float* values, float* residual, const int64_t* table, int64_t count,
                                            int32_t* packed, int64_t threads) {
     const Quantize a = {values, residual, table, count, packed};
-    const int64_t end = end_of(table, count);
     const auto act = CHOSEN(quantize);
     int32_t bad = 0;
     packed[0] = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad) if (threads > 1)
     for (int64_t k = 0; k < threads; ++k) {
-        const int64_t low = std::lower_bound(table, table + count, end * k / threads) - table;
-        const int64_t high = std::lower_bound(table, table + count, end * (k + 1) / threads) - table;
+        const int64_t from = edge(table, count, k, threads), to = edge(table, count, k + 1, threads);
+        const int64_t low = std::lower_bound(table, table + count, from) - table;
+        const int64_t high = std::lower_bound(table, table + count, to) - table;
         bad |= !act(a, low, high);
     }
     return bad;
@@ -176,11 +171,10 @@ extern "C" int32_t trireme_onebit_quantize(const float* values, float* residual,
 extern "C" void trireme_onebit_accumulate(float* out, const int32_t* packed, int64_t rows, int64_t row,
                                           const int64_t* table, int64_t count, int32_t fresh, int64_t threads) {
     const Accumulate a = {out, packed, rows, row, table, count, fresh};
-    const int64_t end = end_of(table, count);
     const auto act = CHOSEN(accumulate);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t k = 0; k < threads; ++k) {
-        const int64_t low = end * k / threads, high = end * (k + 1) / threads;
+        const int64_t low = edge(table, count, k, threads), high = edge(table, count, k + 1, threads);
         int64_t i = std::upper_bound(table, table + count, low) - table - 1;  // the column that `low` is in
         for (i = std::max<int64_t>(i, 0); i < count && table[i] < high; ++i) {
             const Column c = column_of(table, count, i);

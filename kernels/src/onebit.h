@@ -1,6 +1,7 @@
-// Where a column lies in a packed row, and its levels: what onebit.cpp and onebit.cu share; kernels/onebit.py says what.
+// Where a column lies in a packed row, and its levels: what onebit.cpp and onebit.cu share; kernels/onebit.py says
+// why.
 //
-// Every operation is rounded by itself, so the CPU, the GPU and the torch reference give the same bits (a GPU's denormal
+// Every operation is rounded by itself, so the CPU, the GPU and the reference give the same bits (a GPU's denormal
 // numbers apart: it takes them as 0). SHARED is what a function of this file is declared as; who includes it says so.
 
 #pragma once

@@ -1,8 +1,9 @@
-// The passes of onebit.cpp over a column, a word of 32 values at a time. Included once for every kind of processor, where
-// it finds what that has: Vector of kEach floats, Mask of as many yes or no, and load, store, spread, pick, not_negative,
-// bits_of and mask_of. The 32 lanes of a sum are so many vectors beside each other, so all widths give the same bits.
+// The passes of onebit.cpp over a column, a word of 32 values at a time. Included once for every kind of processor,
+// where it finds what that has: Vector (kEach floats), Mask (as many times yes or no), load, store, spread, pick,
+// not_negative, bits_of and mask_of. The 32 lanes of a sum are so many vectors beside each other: vectors of any width
+// give the same bits.
 //
-// What is false or a number when it is called is known when it is compiled: all of this is inlined.
+// All of it is inlined, so a `keeps`, `fresh` or `splits` that is a constant where it is given costs nothing.
 
 constexpr int kVectors = kLanes / kEach;
 
@@ -17,57 +18,72 @@ SHARED float folded(const Vector* sums) {
     return lanes[0];
 }
 
-SHARED Vector read(const float* from, bool whole, uint32_t present, int k) {
-    return whole ? load(from + k * kEach) : load(from + k * kEach, mask_of(present, k));
+SHARED void read(const float* from, Vector* v) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) v[k] = load(from + k * kEach);
 }
 
-SHARED void write(float* to, const Vector& v, bool whole, uint32_t present, int k) {
-    whole ? store(to + k * kEach, v) : store(to + k * kEach, v, mask_of(present, k));
+SHARED void write(float* to, const Vector* v) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) store(to + k * kEach, v[k]);
 }
 
-// One word's values: v, which is kept, its signs, and what it adds to the sums of the upper values and of the lower ones:
-// NaN is among the latter. What is not there counts as 0, which changes no sum: they begin at 0.0 and are never -0.0.
-SHARED uint32_t taken(const float* values, float* kept, bool keeps, Vector* uppers, Vector* lowers, bool whole,
-                      uint32_t present) {
+// The same where a column ends inside a word: what is not there is read as 0.
+SHARED void read_first(const float* from, Vector* v, int64_t count) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) v[k] = load(from + k * kEach, mask_of(first_bits(count), k));
+}
+
+// Not by masks: the next column's first loads would wait for a store that reaches over them, though it writes nothing
+// there.
+SHARED void write_first(float* to, const Vector* v, int64_t count) {
+    float lanes[kLanes];
+    write(lanes, v);
+    std::memcpy(to, lanes, count * sizeof(float));
+}
+
+// A word's signs, and what it adds to the sums of the upper values and of the lower ones: NaN is among the latter. What
+// is not there adds 0, which changes no sum: they begin at 0.0, and are never -0.0.
+SHARED uint32_t taken(const Vector* v, Vector* uppers, Vector* lowers) {
     uint32_t word = 0;
 #pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) {
-        Vector v = read(values, whole, present, k);
-        if (keeps) {
-            v = v + read(kept, whole, present, k);
-            write(kept, v, whole, present, k);
-        }
-        const Mask high = not_negative(v);
-        uppers[k] = uppers[k] + pick(high, v, spread(0.0f));
-        lowers[k] = lowers[k] + pick(high, spread(0.0f), v);
+        const Mask high = not_negative(v[k]);
+        uppers[k] = uppers[k] + pick(high, v[k], spread(0.0f));
+        lowers[k] = lowers[k] + pick(high, spread(0.0f), v[k]);
         word |= bits_of(high) << (k * kEach);
     }
-    return word & present;
+    return word;
 }
 
-SHARED void left(float* kept, const Vector& below, const Vector& above, bool whole, uint32_t present) {
+SHARED void plus(Vector* v, const Vector* other) {
 #pragma GCC unroll 8
-    for (int k = 0; k < kVectors; ++k) {
-        const Vector v = read(kept, whole, present, k);
-        write(kept, v - pick(not_negative(v), above, below), whole, present, k);
-    }
+    for (int k = 0; k < kVectors; ++k) v[k] = v[k] + other[k];
+}
+
+SHARED void minus_level(Vector* v, const Vector& below, const Vector& above) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) v[k] = v[k] - pick(not_negative(v[k]), above, below);
 }
 
 // Returns whether the levels are finite.
 SHARED bool quantize_column(const float* __restrict__ values, float* __restrict__ residual, bool keeps, int64_t width,
                             int32_t* __restrict__ levels, int32_t* __restrict__ words) {
-    Vector uppers[kVectors], lowers[kVectors];
+    Vector uppers[kVectors], lowers[kVectors], v[kVectors], kept[kVectors];
     for (int k = 0; k < kVectors; ++k) uppers[k] = lowers[k] = spread(0.0f);
-    const int64_t whole = width / kLanes * kLanes;
-    const uint32_t present = first_bits(width - whole);
+    const int64_t whole = width / kLanes * kLanes, rest = width - whole;
     int64_t high = 0;
     for (int64_t i = 0; i < whole; i += kLanes) {
-        const uint32_t word = taken(values + i, residual + i, keeps, uppers, lowers, true, kAll);
+        read(values + i, v);
+        if (keeps) read(residual + i, kept), plus(v, kept), write(residual + i, v);
+        const uint32_t word = taken(v, uppers, lowers);
         words[i / kLanes] = int32_t(word);
         high += __builtin_popcount(word);
     }
-    if (present) {
-        const uint32_t word = taken(values + whole, residual + whole, keeps, uppers, lowers, false, present);
+    if (rest) {
+        read_first(values + whole, v, rest);
+        if (keeps) read_first(residual + whole, kept, rest), plus(v, kept);  // written when it is what is left
+        const uint32_t word = taken(v, uppers, lowers) & first_bits(rest);
         words[whole / kLanes] = int32_t(word);
         high += __builtin_popcount(word);
     }
@@ -76,8 +92,10 @@ SHARED bool quantize_column(const float* __restrict__ values, float* __restrict_
     std::memcpy(levels + 1, &above, sizeof(above));
     if (keeps) {
         const Vector all_below = spread(below), all_above = spread(above);
-        for (int64_t i = 0; i < whole; i += kLanes) left(residual + i, all_below, all_above, true, kAll);
-        if (present) left(residual + whole, all_below, all_above, false, present);
+        if (rest) minus_level(v, all_below, all_above), write_first(residual + whole, v, rest);
+        for (int64_t i = 0; i < whole; i += kLanes) {
+            read(residual + i, v), minus_level(v, all_below, all_above), write(residual + i, v);
+        }
     }
     return both_finite(below, above);
 }
@@ -95,21 +113,19 @@ bool quantize(const Quantize& a, int64_t low, int64_t high) {
     return finite;
 }
 
-// One word's sums, and to them the values of so many splits, left to right.
-SHARED void add_word(float* out, bool fresh, const int32_t* const* words, int splits, int64_t at, const Vector* below,
-                     const Vector* above, bool whole, uint32_t present) {
+// To a word's sums the values of so many splits, left to right.
+SHARED void add_word(Vector* sums, const int32_t* const* words, int splits, int64_t at, const Vector* below,
+                     const Vector* above) {
 #pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) {
-        Vector sum = fresh ? spread(0.0f) : read(out, whole, present, k);
 #pragma GCC unroll 4
-        for (int j = 0; j < splits; ++j) sum = sum + pick(mask_of(words[j][at], k), above[j], below[j]);
-        write(out, sum, whole, present, k);
+        for (int j = 0; j < splits; ++j) sums[k] = sums[k] + pick(mask_of(words[j][at], k), above[j], below[j]);
     }
 }
 
 SHARED void add_splits(float* __restrict__ out, int64_t width, const int32_t* const* rows, int splits, bool fresh,
                        int64_t levels, int64_t first_word) {
-    Vector below[kTogether], above[kTogether];
+    Vector below[kTogether], above[kTogether], sums[kVectors];
     const int32_t* words[kTogether];
 #pragma GCC unroll 4
     for (int j = 0; j < splits; ++j) {
@@ -118,12 +134,17 @@ SHARED void add_splits(float* __restrict__ out, int64_t width, const int32_t* co
         below[j] = spread(both[0]), above[j] = spread(both[1]);
         words[j] = rows[j] + first_word;
     }
-    const int64_t whole = width / kLanes;
-    for (int64_t at = 0; at < whole; ++at) {
-        add_word(out + at * kLanes, fresh, words, splits, at, below, above, true, kAll);
+    const int64_t whole = width / kLanes * kLanes, rest = width - whole;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        for (int k = 0; fresh && k < kVectors; ++k) sums[k] = spread(0.0f);
+        if (!fresh) read(out + i, sums);
+        add_word(sums, words, splits, i / kLanes, below, above);
+        write(out + i, sums);
     }
-    if (const uint32_t present = first_bits(width - whole * kLanes)) {
-        add_word(out + whole * kLanes, fresh, words, splits, whole, below, above, false, present);
+    if (rest) {
+        read_first(out + whole, sums, fresh ? 0 : rest);
+        add_word(sums, words, splits, whole / kLanes, below, above);
+        write_first(out + whole, sums, rest);
     }
 }
 

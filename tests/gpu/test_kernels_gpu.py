@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import test_onebit_kernel as onebit
 import test_sru
 import torch
 from test_kernels import CONSTANTS, SIZES, after, made
 
+from kernels.onebit import Columns, accumulate_, quantize_, reference_accumulate_, reference_quantize_
 from kernels.update import SLOTS, reference, update_
 
 if not torch.cuda.is_available():
@@ -58,3 +60,54 @@ def test_sru_gives_the_bits_of_the_cpu_side(kind, stored):
             assert torch.equal(a.cpu(), b), number
         else:  # of bias and v: sums over sequences, by torch
             torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+# As the tests of the CPU have it, and long columns beside many short ones: several warps share the words of a column.
+COLUMNS = [onebit.COLUMNS, Columns.of([(7, (1 << 18,)), (1 << 19, (3000, 130))]), Columns([])]
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=lambda columns: str(columns.count))
+def test_one_bit_gives_the_bits_of_the_reference(columns):
+    values, residual = onebit.made(columns)
+    rows, there = torch.empty((3, columns.packed), dtype=torch.int32), []
+    for row in rows:
+        left, packed = residual.clone().cuda(), torch.full((columns.packed,), -1, dtype=torch.int32, device="cuda")
+        assert quantize_(values.cuda(), left, columns, packed)
+        assert reference_quantize_(values, residual, columns, row)
+        assert torch.equal(packed.cpu(), row) and torch.equal(onebit.bits(left.cpu()), onebit.bits(residual))
+        there.append(packed)
+    assert quantize_(values.cuda(), None, columns, there[0])
+    assert reference_quantize_(values, None, columns, rows[0])
+    assert torch.equal(there[0].cpu(), rows[0])
+    there[1][0] = rows[1][0] = 0  # a dry row
+    for fresh in (False, True):
+        out = values.clone().cuda()
+        accumulate_(out, torch.stack(there), columns, fresh=fresh)
+        wanted = values.clone()
+        reference_accumulate_(wanted, rows, columns, fresh=fresh)
+        assert torch.equal(onebit.bits(out.cpu()), onebit.bits(wanted)), fresh
+
+
+def test_one_bit_tells_what_is_not_finite():
+    values, residual = (t.cuda() for t in onebit.made())
+    packed = torch.empty(onebit.COLUMNS.packed, dtype=torch.int32, device="cuda")
+    for start in onebit.COLUMNS.starts:
+        for value in onebit.SPECIAL:
+            values[start], kept = value, values[start].clone()
+            assert not quantize_(values, residual.clone(), onebit.COLUMNS, packed), (start, value)
+            values[start] = kept
+    assert quantize_(values, residual, onebit.COLUMNS, packed)
+
+
+def test_one_bit_is_queued_behind_what_came_before():
+    columns, stream = Columns.of([(0, (4096, 4096))]), torch.cuda.Stream()
+    values, out = (torch.zeros(1 << 24, device="cuda") for _ in range(2))
+    packed = torch.empty((1, columns.packed), dtype=torch.int32, device="cuda")
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            values.add_(1.0)
+        assert quantize_(values, None, columns, packed[0])
+        accumulate_(out, packed, columns)
+        doubled = out * 2
+    stream.synchronize()
+    assert float(doubled.max()) == float(doubled.min()) == 40.0
