@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": Command("measure a finished run's model on a data set", "hpc.scoring", True),
     "folds": Command("cross-validation: train on every fold, measure each model on its test set", "hpc.folds", True),
     "predict": Command("write a finished run's outputs for a data set (Kaldi ark or HDF5)", "hpc.predict", True),
+    "plan": Command("measure a recipe here, and say how many nodes pay, and whether 1-bit does", "hpc.plan", True),
     "report": Command("draw a run: a picture and one self-contained page", "hpc.report", False),
     "trace": Command("draw when each rank read, computed and exchanged: a timeline", "hpc.trace", False),
     "compare": Command("lay runs side by side", "hpc.compare", False),
@@ -64,10 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the process's exit code. An error on one rank ends all ranks."""
     words = sys.argv[1:] if argv is None else argv
     chosen = next((w for w in words if w in COMMANDS), "")
-    arguments = build_parser(chosen).parse_args(words)
+    arguments = parse(chosen, words)
     command = COMMANDS[arguments.command]
     act = import_module(command.module).run
     return _with_ranks(act, arguments) if command.ranks else _guarded(act, arguments)
+
+
+def parse(chosen: str, words: list[str]) -> argparse.Namespace:
+    """The arguments of the chosen command; `key=value` may stand behind options too, which argparse does not allow."""
+    parser = build_parser(chosen)
+    arguments, rest = parser.parse_known_args(words)
+    settings = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(arguments, "overrides")]
+    if settings != rest:
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in settings)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _guarded(act: Any, arguments: argparse.Namespace) -> int:

@@ -23,7 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpc.bench_options import allreduce_arguments, data_arguments, sru_arguments, train_arguments, writable
+from hpc.bench_options import (
+    allreduce_arguments,
+    data_arguments,
+    onebit_arguments,
+    sru_arguments,
+    train_arguments,
+    writable,
+)
 from hpc.quantities import counted, doubt
 from hpc.shards import MANIFEST, SCHEMA, ShardWriter, shard_name, write_json
 
@@ -36,6 +43,7 @@ EXAMPLES = """examples:
   trireme bench train --hosts 2 --link 1gbit --batch 4096   how much of the exchange hides behind backward
   trireme bench allreduce --plot all-reduce.png        sums of gradients beside MPI's, gloo's, and the limit
   trireme bench sru --d 512 --length 128 --batch 32    a layer of SRU beside LSTM and convolutions
+  trireme bench onebit --sizes 2048x2048               1-bit quantization beside a copy of as many bytes
 
 Every line of standard output is a JSON object. See benchmarks/README.md for how to read them.
 """
@@ -54,6 +62,9 @@ BENCHMARKS = {
         "sums of gradients beside MPI, gloo and the machine's limit", "hpc.bench_allreduce", allreduce_arguments
     ),
     "sru": Benchmark("a layer of SRU beside LSTM, convolutions and its own parts", "hpc.bench_sru", sru_arguments),
+    "onebit": Benchmark(
+        "1-bit quantization and its sums beside a copy, numpy and torch", "hpc.bench_onebit", onebit_arguments
+    ),
 }
 
 

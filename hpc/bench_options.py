@@ -36,6 +36,11 @@ SRU_EXAMPLES = """examples:
 
 The package `sru` is measured too where it is installed (pip install sru).
 """
+ONEBIT_EXAMPLES = """examples:
+  trireme bench onebit                                 a matrix, a long vector, small columns: some minutes
+  trireme bench onebit --sizes 2048x2048 --threads 1 --rounds 31 --out onebit.jsonl
+  trireme bench onebit --sizes 128x1024 --mib 0        one set of arrays, which stays in the caches
+"""
 KIB = 1 << 10
 SIZES = [KIB << shift for shift in range(0, 20, 2)]  # 1 KiB to 256 MiB
 SLOWEST, QUICKEST = 1e5, 1e12  # bits a second that a link can be throttled to
@@ -128,6 +133,35 @@ def sru_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", type=picture, help="draw forward with backward (PNG)")
 
 
+def onebit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = ONEBIT_EXAMPLES
+    parser.add_argument(
+        "--sizes", type=matrices, default=[(2048, 2048), (1, 1 << 21), (1 << 15, 40)], metavar="CxW,CxW",
+        help="columns and floats of each (default 2048x2048,1x2097152,32768x40)",
+    )
+    parser.add_argument("--splits", type=positive(int), default=4, metavar="N", help="rows of a fresh sum (default 4)")
+    parser.add_argument("--threads", type=numbers, default=[1, 2], metavar="N,N", help="threads (default 1,2)")
+    parser.add_argument("--rounds", type=positive(int), default=15, metavar="R", help="turns of all (default 15)")
+    parser.add_argument(
+        "--mib", type=whole, metavar="M",
+        help="MiB of arrays that calls take turns with (default: four times the last cache); 0: one set of arrays",
+    )
+
+
+def matrices(text: str) -> list[tuple[int, int]]:
+    """Sizes such as "2048x2048"."""
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word) for word in text.lower().split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of sizes such as 2048x2048,32768x40")
+    return [(int(one[1]), int(one[2])) for one in found if one]
+
+
+def whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
+    return int(text)
+
+
 def precisions(text: str) -> list[str]:
     found = text.split(",")
     if unknown := [word for word in found if word not in ("float32", "bfloat16")]:
@@ -174,11 +208,15 @@ def host(text: str) -> int:
     return found[0]
 
 
+def bits_of(text: str) -> float:
+    """The bits a second of a rate in tc's words; 0 for other words."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.lower())
+    return float(found[1]) * 1000.0 ** " kmgt".index(found[2] or " ") if found else 0.0
+
+
 def link(text: str) -> str:
     """A rate in tc's words, of bits a second."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.lower())
-    rate = float(found[1]) * 1000.0 ** " kmgt".index(found[2] or " ") if found else 0.0
-    if not SLOWEST <= rate <= QUICKEST:
+    if not SLOWEST <= bits_of(text) <= QUICKEST:
         raise argparse.ArgumentTypeError(f"'{text}' is not a rate such as 100mbit or 1gbit, from 100kbit to 1tbit")
     return text
 

@@ -14,22 +14,16 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpc.bench import in_turns, make_data, quotient, recipe_for, say, scratch, spread
+from hpc.bench import in_turns, make_data, quotient, say, scratch, spread
 from hpc.bench_crew import Crew
+from hpc.bench_sides import PHASES, WIDTH, Setup, Steps, joined, median
 from hpc.hosts import Hosts, missing_rights
 from hpc.quantities import counted
 
 WARM_UP = 3  # steps of every side before anything is measured
 SETTLE = 1  # steps of every turn that only bring the side's memory back into the caches
-WIDTH, CONTEXT = 40, 5
-RATE, MOMENTUM = 0.01, 0.9
-PHASES = ("read", "forward", "backward", "exchange")
-
-# Of every step: "seconds", "cpu", and Trireme's phases; "alone": an exchange by itself after this turn.
-Steps = list[dict[str, float]]
 
 
 class Side(NamedTuple):
@@ -89,15 +83,20 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with scratch() as folder, ExitStack() as stack:
         make_data(folder / "data", frames_for(arguments), width=WIDTH, classes=arguments.classes)
         hosts = stack.enter_context(Hosts(arguments.hosts, arguments.link)) if arguments.hosts > 1 else None
-        crews = {side: stack.enter_context(_crew(side, arguments, folder, hosts)) for side in sides}
+        same = ("batch", "layers", "width", "classes", "activation", "threads", "precision", "device", "bind")
+        setup = Setup(
+            data=folder / "data", split_frames=frames_for(arguments), folder=folder, hosts=hosts,
+            **{key: getattr(arguments, key) for key in same},
+        )
+        crews = {side: stack.enter_context(_crew(side, arguments, setup)) for side in sides}
         for side, crew in crews.items():
             say(f"warming up: {side.label}, {crew.hello[0]['parameters']:,} parameters")
             crew.take(WARM_UP)
         rounds: dict[Side, list[Steps]] = {side: [] for side in sides}
         for round_ in range(arguments.repeat):
             for side in in_turns(round_, sides):
-                rounds[side].append(_joined(crews[side].take(SETTLE + arguments.steps))[SETTLE:])
-            medians = ", ".join(f"{side.label} {_median(rounds[side][-1]):.4f} s" for side in sides)
+                rounds[side].append(joined(crews[side].take(SETTLE + arguments.steps))[SETTLE:])
+            medians = ", ".join(f"{side.label} {median(rounds[side][-1]):.4f} s" for side in sides)
             say(f"round {round_ + 1} of {arguments.repeat}: {medians}")
         hello = {side: crew.hello[0] for side, crew in crews.items()}
     common = {k: getattr(arguments, k) for k in ("precision", "threads", "batch", "layers", "width", "classes")}
@@ -114,64 +113,35 @@ def frames_for(arguments: argparse.Namespace) -> int:
     return (WARM_UP + arguments.repeat * (SETTLE + arguments.steps) + 1) * arguments.batch
 
 
-def _crew(side: Side, arguments: argparse.Namespace, folder: Path, hosts: Hosts | None) -> Crew:
-    model = {key: getattr(arguments, key) for key in ("layers", "width", "activation")}
-    place = {key: getattr(arguments, key) for key in ("threads", "precision", "device")}
+def _crew(side: Side, arguments: argparse.Namespace, setup: Setup) -> Crew:
     name = side.label.replace(" ", "-").replace(",", "")
     if side.splits:
         strategy: dict[str, Any] = {"name": "allreduce", "overlap": side.overlap}
-        if hosts:  # both sides of a comparison have to use the same
+        if setup.hosts:  # both sides of a comparison have to use the same
             strategy |= {"algorithm": "owners", "bucket_mib": arguments.bucket / (1 << 20)}
-        recipe = recipe_for(
-            folder / "data", folder / name, splits=side.splits, **place, task={"context": CONTEXT, **model},
-            data={"batch": arguments.batch, "split_frames": frames_for(arguments)}, strategy=strategy,
-            optim={"name": "momentum", "learning_rate": RATE, "momentum": MOMENTUM},
-        )
-        module, spec = "hpc.bench_worker", {"recipe": recipe, "alone": hosts is not None}
-    else:
-        module, spec = "hpc.bench_loop", {
-            "inputs": (2 * CONTEXT + 1) * WIDTH, "classes": arguments.classes, "batch": arguments.batch // side.ranks,
-            "learning_rate": RATE, "momentum": MOMENTUM, **model, **place,
-        }
-        if side.ddp:
-            interface = "eth0" if hosts else "lo"
-            spec |= {"store": str(folder / f"{name}.store"), "ranks": side.ranks, "interface": interface}
-    return Crew(name, side.ranks, module, spec, bind=arguments.bind, folder=folder, hosts=hosts)
-
-
-def _joined(reports: list[Steps]) -> Steps:
-    """A crew's steps: the slowest rank's seconds and exchange alone, and the means over ranks of the rest."""
-    steps = []
-    for ranks in zip(*reports, strict=True):
-        mean = {key: statistics.fmean(rank[key] for rank in ranks) for key in ranks[0]}
-        slowest = {key: max(rank[key] for rank in ranks) for key in ("seconds", "alone") if key in ranks[0]}
-        steps.append(mean | slowest)
-    return steps
-
-
-def _median(steps: Steps, key: str = "seconds") -> float:
-    return statistics.median(step[key] for step in steps)
+        return setup.trireme(name, side.ranks, side.splits, strategy, alone=setup.hosts is not None)
+    return setup.ddp(name, side.ranks) if side.ddp else setup.loops(name, side.ranks)
 
 
 def _record(side: Side, parameters: int, steps: Steps, common: dict[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {"impl": side.impl, "ranks": side.ranks}
     if side.splits:
         own |= {"splits": side.splits, "overlap": side.overlap}
-        own |= {f"{phase}_s": _median(steps, phase) for phase in PHASES}
+        own |= {f"{phase}_s": median(steps, phase) for phase in PHASES}
     timing = spread([step["seconds"] for step in steps])
     speed = common["batch"] / timing["median_s"]
     return {
-        "what": "step", **own, **common, "parameters": parameters, **timing, "cpu_s": _median(steps, "cpu"),
+        "what": "step", **own, **common, "parameters": parameters, **timing, "cpu_s": median(steps, "cpu"),
         "frames_per_s": speed,
     }
 
 
 def _summaries(rounds: dict[Side, list[Steps]], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Quotients of whole turns: a pair is two turns of the same round."""
-    turns = {side: [_median(turn) for turn in rounds[side]] for side in rounds}
+    turns = {side: [median(turn) for turn in rounds[side]] for side in rounds}
     ours, loop = Side(1, 1), Side(1, 0)
     if loop in rounds:
-        cpu = {side: [_median(turn, "cpu") for turn in rounds[side]] for side in (ours, loop)}
+        cpu = {side: [median(turn, "cpu") for turn in rounds[side]] for side in (ours, loop)}
         yield {
             "what": "step against torch loop", **common, "pairs": len(turns[ours]),
             **quotient(turns[ours], turns[loop]), **quotient(cpu[ours], cpu[loop], "cpu_ratio"),
@@ -205,7 +175,7 @@ def _against_ddp(side: Side, ours: list[float], ddp: list[float], common: dict[s
 
 def _overlap(side: Side, with_: list[Steps], without: list[Steps], common: dict[str, Any]) -> dict[str, Any]:
     """What share of the exchange hid behind backward: (step without overlap - step with) / exchange alone."""
-    slow, fast = ([_median(turn) for turn in turns] for turns in (without, with_))
+    slow, fast = ([median(turn) for turn in turns] for turns in (without, with_))
     alone = [turn[0]["alone"] for turn in without]
     pairs = [(a - b) / c for a, b, c in zip(slow, fast, alone, strict=True)]
     medians = [statistics.median(taken) for taken in (slow, fast, alone)]
@@ -214,6 +184,6 @@ def _overlap(side: Side, with_: list[Steps], without: list[Steps], common: dict[
         "hidden": (medians[0] - medians[1]) / medians[2], "hidden_of_pairs": statistics.median(pairs),
         "hidden_of_minima": (min(slow) - min(fast)) / min(alone), "hidden_quartiles": spread(pairs)["quartiles_s"],
         "without_s": medians[0], "with_s": medians[1], "exchange_alone_s": medians[2],
-        "backward_s": statistics.median(_median(turn, "backward") for turn in without),
-        "exchange_left_s": statistics.median(_median(turn, "exchange") for turn in with_),
+        "backward_s": statistics.median(median(turn, "backward") for turn in without),
+        "exchange_left_s": statistics.median(median(turn, "exchange") for turn in with_),
     }

@@ -18,7 +18,8 @@ from typing import Any
 from collectives.comm import Comm
 from hpc.bench_crew import Gate
 from hpc.build import make_job, registry
-from hpc.config import resolve
+from hpc.config import options, resolve
+from hpc.hosts import crossed
 from hpc.meter import PHASES, Meter
 from hpc.run import RunFolder
 from hpc.runtime import Device, StopFlag, Watchdog
@@ -32,17 +33,35 @@ class Dismissed(Exception):
 class PacedMeter(Meter):
     """A Meter that keeps the seconds of every step and its phases, and waits at a gate when its steps are used up.
 
+    A step is a whole batch of the recipe, in however many parts the strategy learns it. Of a turn's steps each also has
+    its share of the bytes that the turn sent: as the strategy counts them, and as they crossed the host's link.
+
     meter  the job's own
     gate   tells how many steps a turn has
-    alone  run at the end of every turn; its seconds are reported with each of the turn's steps. None: nothing
+    parts  of the recipe's batch
+    drain  run at the end of every turn, so that nothing of it is under way when others have theirs
+    alone  run after that; its seconds are reported with each of the turn's steps. None: nothing
     """
 
-    def __init__(self, meter: Meter, gate: Gate, alone: Callable[[], object] | None = None):
-        super().__init__(meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress, active=meter.active)
-        self.gate, self.alone = gate, alone
+    def __init__(
+        self, meter: Meter, gate: Gate, parts: int = 1, drain: Callable[[], object] = lambda: None,
+        alone: Callable[[], object] | None = None,
+    ):
+        super().__init__(
+            meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress, active=meter.active, sent=meter.sent
+        )
+        self.gate, self.parts, self.drain, self.alone = gate, parts, drain, alone
         self.steps: list[dict[str, float]] = []
-        self.left = gate.wait()
+        self._await()
         self._mark()
+
+    def _await(self) -> None:
+        self.left = self.gate.wait()
+        self._bytes_before = self._bytes()
+
+    def _bytes(self) -> dict[str, int]:
+        sent, received = crossed()
+        return {**self.sent(), "link_sent": sent, "link_received": received}
 
     def _mark(self) -> None:
         self._before = dict(self.totals)
@@ -50,20 +69,26 @@ class PacedMeter(Meter):
 
     def turn(self, at: int, learning_rate: float) -> None:
         super().turn(at, learning_rate)
+        if at % self.parts:
+            return
         phases = {phase: self.totals[phase] - self._before[phase] for phase in PHASES}
         cpu = time.process_time() - self._cpu_began
         self.steps.append({"seconds": time.perf_counter() - self._began, "cpu": cpu, **phases})
         self.left -= 1
         if not self.left:
-            if self.alone is not None:
-                seconds = self._alone(self.alone)
-                self.steps = [step | {"alone": seconds} for step in self.steps]
-            self.gate.report(self.steps)
-            self.steps = []
-            self.left = self.gate.wait()
+            self._report()
+            self._await()
             if not self.left:
                 raise Dismissed
         self._mark()
+
+    def _report(self) -> None:
+        self.drain()
+        extra = {what: (size - self._bytes_before[what]) / len(self.steps) for what, size in self._bytes().items()}
+        if self.alone is not None:
+            extra["alone"] = self._alone(self.alone)
+        self.gate.report([step | extra for step in self.steps])
+        self.steps = []
 
     def _alone(self, act: Callable[[], object]) -> float:
         """Seconds of `act` from a common start, after one that only settles (collective)."""
@@ -91,7 +116,8 @@ def work(spec: dict[str, Any]) -> None:
     }
     exchange = getattr(job.strategy, "exchange", None)  # some strategies have none
     alone = exchange.run_through if exchange is not None and spec.get("alone") else None
-    job.meter = PacedMeter(job.meter, Gate(spec["address"], hello), alone)
+    parts = job.strategy.parts_of_a_batch(**options(recipe.strategy))
+    job.meter = PacedMeter(job.meter, Gate(spec["address"], hello), parts, job.strategy.end, alone)
     try:
         if train(job, at, carries):
             raise ValueError(f"the data set is used up after {job.schedule.steps} steps; give the benchmark more data")

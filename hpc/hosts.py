@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 from hpc.bench_crew import mpiexec
@@ -38,7 +39,8 @@ mount --bind /dev/shm/known /etc/hosts && rm /dev/shm/known && ip link set lo up
 PLUG = """ip link add %s type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
 echo %d >/dev/shm/%s.pid && echo %s >/dev/shm/%s.cores"""
 UP = "ip address add %s/24 dev eth0 && ip link set eth0 up"
-THROTTLE = "tc qdisc replace dev %s root tbf rate %s burst 256kb latency 50ms"
+THROTTLE = "tc qdisc replace dev %s root tbf rate %s burst %dkb latency 50ms"
+BURST_KIB = 256
 # What `ssh` is to a cluster: options, host, words for a shell. From a host that is cut off, no end is heard of.
 AGENT = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
@@ -49,7 +51,8 @@ code=$?
 while [ -e /dev/shm/$name.cut ]; do sleep 0.1; done
 exit $code
 """
-TRIAL = f"{BASE % ('trial', '')} && ip link add eth0 type veth peer name other && {THROTTLE % ('eth0', '1mbit')}"
+CABLE = "ip link add eth0 type veth peer name other"
+TRIAL = f"{BASE % ('trial', '')} && {CABLE} && {THROTTLE % ('eth0', '1mbit', BURST_KIB)}"
 
 # Allowed as root, and over the only network there is: without these, Open MPI looks for others for a second.
 OPEN_MPI = {
@@ -69,6 +72,19 @@ def missing_rights() -> str:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return f"pretend hosts need root's right to make namespaces, links and mounts: {said}"
     return ""
+
+
+def crossed(interface: str = "eth0") -> tuple[int, int]:
+    """Bytes that this process's host has sent and received by an interface so far, headers counted; 0, 0: it has none.
+
+    Of what the kernel hands to a pretend link in one piece, up to 64 KiB, the header counts once.
+    """
+    for line in Path("/proc/self/net/dev").read_text(encoding="ascii").splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == interface:
+            received, sent = (int(numbers.split()[column]) for column in (0, 8))
+            return sent, received
+    return 0, 0
 
 
 class Namespace:
@@ -147,15 +163,16 @@ class Hosts:
 
     count  how many, 1 to 64
     link   the rate of every host's link, in each direction, in tc's words: "1gbit" or "100mbit"; None: as fast as
-           this machine copies; after a pause, the first 256 KiB pass a throttle unhindered
+           this machine copies
+    burst  KiB that pass a throttle unhindered after a pause
 
     Raises ValueError for another count; on entering, OSError with what the tools said if a host cannot be made.
     """
 
-    def __init__(self, count: int, link: str | None = None):
+    def __init__(self, count: int, link: str | None = None, burst: int = BURST_KIB):
         if not 1 <= count <= MOST:
             raise ValueError(f"{count} pretend hosts are asked for; make 1 to {MOST}")
-        self.link = link
+        self.link, self.burst = link, burst
         self.names = [f"vh{index}" for index in range(count)]
         self.addresses = [f"10.77.0.{index + 1}" for index in range(count)]
         self._spaces: dict[str, Namespace] = {}
@@ -203,6 +220,14 @@ class Hosts:
             variables = dict(OPEN_MPI)
         return self._space(SWITCH).words([launcher, *options, "-n", str(sum(ranks_by_host)), *words]), variables
 
+    def throttle(self, link: str | None, burst: int = BURST_KIB) -> None:
+        """Give every host's link this rate from now on (None: none); what runs goes on, and keeps its connections."""
+        self.link, self.burst = link, burst
+        for name in self.names:
+            for space, port in ((SWITCH, name), (name, "eth0")):
+                free = f"{{ tc qdisc del dev {port} root || true; }}"  # it may have had none
+                self._space(space).tell(self._throttle(port) if link else free)
+
     def cut(self, host_index: int) -> None:
         """Pull that host's cable: nothing goes in or out and nobody is told, while all that runs there goes on."""
         name = self.names[host_index]
@@ -242,7 +267,7 @@ class Hosts:
 
     def _throttle(self, port: str) -> str:
         """What limits the rate of all that leaves by a port: both ends of a cable have it."""
-        return THROTTLE % (port, shlex.quote(self.link)) if self.link else "true"
+        return THROTTLE % (port, shlex.quote(self.link), self.burst) if self.link else "true"
 
     def _space(self, name: str) -> Namespace:
         if name not in self._spaces:

@@ -7,16 +7,19 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from collectives.comm import Comm
-from hpc import bench
+from hpc import bench, bench_onebit
 from hpc.bench_allreduce import LEAST_ROUNDS, Setting, settings_of
 from hpc.bench_crew import Crew, mpiexec
 from hpc.bench_data import PlainReading
 from hpc.bench_picture import draw, in_bytes
+from hpc.bench_sides import Setup, joined, median
 from hpc.bench_train import Side, sides_of
-from hpc.hosts import missing_rights
+from hpc.hosts import Hosts, missing_rights
 from hpc.shards import Dataset
+from kernels.onebit import accumulate_, quantize_
 
 TINY = ["--layers", "1", "--width", "16", "--classes", "5", "--batch", "32", "--steps", "2", "--repeat", "2"]
 
@@ -102,6 +105,30 @@ def test_a_training_step_on_two_hosts_with_overlap_and_without():
     gain = overlap["without_s"] - overlap["with_s"]
     assert overlap["hidden"] == pytest.approx(gain / overlap["exchange_alone_s"], rel=1e-2, abs=1e-2)
     assert min(overlap[key] for key in ("exchange_alone_s", "backward_s", "exchange_left_s")) > 0
+
+
+@needs_hosts
+def test_sides_tell_what_they_sent_and_what_crossed_their_link():
+    frames, size = 4000, {"layers": 1, "width": 64, "classes": 50}
+    parameters = 440 * 64 + 64 + 64 * 50 + 50
+    powersgd = {0: parameters, 1: 64 + 50 + (440 + 64) + (64 + 50), 4: 64 + 50 + 4 * (440 + 64) + 4 * (64 + 50)}
+    with bench.scratch() as folder, Hosts(2) as hosts:
+        bench.make_data(folder / "data", frames, classes=50)
+        setup = Setup(folder / "data", frames, 32, activation="sigmoid", folder=folder, hosts=hosts, **size)
+        sums = {}
+        for name, options in (("whole", {}), ("halves", {"double_buffering": True})):
+            with setup.trireme(name, 2, 2, {"name": "onebit", **options}) as crew:
+                assert len(crew.take(3)[0]) == 3
+                steps = joined(crew.take(4))
+            sums[name] = [median(steps, way) for way in ("reduce", "share", "float32")]
+            assert len(steps) == 4 and sum(sums[name][:2]) <= median(steps, "link_sent") < sum(sums[name][:2]) + 4000
+        assert sums["halves"] == [2 * size for size in sums["whole"]]  # a batch is two exchanges there
+        assert 8 * sum(sums["whole"][:2]) < sums["whole"][2]
+        for rank, floats in powersgd.items():
+            with setup.ddp(f"powersgd{rank}", 2, rank) as crew:
+                crew.take(4)  # the hook begins
+                link = median(joined(crew.take(4)), "link_sent")
+            assert 4 * floats <= link < 1.1 * 4 * floats + 6000, rank
 
 
 def check_all_reduce(records, setting, expected):
@@ -212,6 +239,73 @@ def test_a_layer_of_sru(tmp_path):
         assert mine["of_product_and_pass"] > 0
 
 
+def test_onebit_kernels(tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ("--sizes", "3x40,1x100", "--splits", 3, "--threads", "1,2", "--rounds", 3, "--mib", 0)
+    records, said = launched("onebit", *words, "--out", out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records
+    assert "4 of 4: 1 x 100, 2 threads" in said
+    kernels = {"quantize": (3, 0), "accumulate": (2, 1), "accumulate fresh": (1, 3)}  # passes over floats, splits
+    lines = [record for record in records if record["what"] == "1-bit"]
+    for rows, width, words in ((3, 40, 2), (1, 100, 4)):
+        for threads in (1, 2):
+            for kernel, (passes, splits) in kernels.items():
+                setting = {"kernel": kernel, "rows": rows, "width": width, "threads": threads}
+                here = [line for line in lines if line.items() >= setting.items()]
+                found = {line["impl"]: line for line in here}
+                assert [line["impl"] for line in here] == ["trireme", "copy", "numpy", "torch"]
+                bits = (1 + 2 * rows + rows * words) * max(1, splits)
+                for line in here:
+                    check_spread(line)
+                    assert (line["repetitions"], line["splits"], line["sets"]) == (3, splits, 1)
+                    assert line["bytes"] == 4 * (passes * rows * width + bits)
+                    assert line["gbps"] == pytest.approx(line["bytes"] / line["median_s"] / 1e9, rel=1e-3)
+                    assert line["copy_gbps"] == found["copy"]["gbps"]
+                summary, = (r for r in records if r["what"] == "1-bit against others" and r.items() >= setting.items())
+                median = {impl: line["median_s"] for impl, line in found.items()}
+                assert summary["of_copy_bandwidth"] == pytest.approx(median["copy"] / median["trireme"], rel=1e-3)
+                for peer in ("numpy", "torch"):
+                    assert summary[f"times_{peer}"] == pytest.approx(median[peer] / median["trireme"], rel=1e-3)
+                assert summary["pairs"] == 3
+    assert len(lines) == 2 * 2 * 3 * 4
+
+
+def test_numpys_side_does_the_same():
+    size = bench_onebit.Size(3, 40)
+    arrays, = bench_onebit.make_sets(size, 1, 0)
+    left = arrays.other.clone().view(size).numpy()
+    below, above, bits = bench_onebit.numpy_quantize(arrays.values.view(size).numpy(), left)
+    assert quantize_(arrays.values, arrays.other, size.columns, arrays.packed[0])
+    np.testing.assert_allclose(left.ravel(), arrays.other.numpy(), rtol=1e-5, atol=1e-6)
+    found = np.zeros((3, 40), np.float32)
+    bench_onebit.numpy_accumulate(found, [(below, above, bits)] * 2, fresh=True)
+    bench_onebit.numpy_accumulate(found, [(below, above, bits)], fresh=False)
+    total = torch.zeros(120)
+    for _ in range(3):
+        accumulate_(total, arrays.packed, size.columns)
+    np.testing.assert_allclose(found.ravel(), total.numpy(), rtol=1e-5)
+    assert below.dtype == above.dtype == np.float32 and bits.shape == (3, 5)
+
+
+def test_working_sets_are_larger_than_the_cache():
+    assert bench_onebit.last_cache() >= 1 << 16
+    assert len(bench_onebit.make_sets(bench_onebit.Size(4, 64), 1, 8 * 256 * 3)) == 3
+    assert len(bench_onebit.make_sets(bench_onebit.Size(4, 64), 1, 0)) == 1
+
+
+def test_wrong_bits_are_not_measured(monkeypatch):
+    def wrong(values, residual, columns, packed):
+        quantize_(values, residual, columns, packed)
+        packed[-1] ^= 1
+
+    size = bench_onebit.Size(3, 40)
+    arrays, = bench_onebit.make_sets(size, 2, 0)
+    bench_onebit.check(size, arrays)
+    monkeypatch.setattr(bench_onebit, "quantize_", wrong)
+    with pytest.raises(ValueError, match="3 x 40: 1 of 13 of the packed row differ"):
+        bench_onebit.check(size, arrays)
+
+
 def test_data(tmp_path):
     bench.make_data(tmp_path / "set", 30_000, classes=7, shards=3)
     words = ("--split-frames", 6000, "--batch", 500, "--repeat", 3, "--steps", 2)
@@ -311,6 +405,9 @@ def test_ratios_that_say_nothing_are_not_left_uncommented(monkeypatch, capsys):
     (["allreduce", "--plot", "nowhere/x.png"], "there is no folder 'nowhere'"),
     (["allreduce", "--plot", "x.jpg"], "end it in .png"),
     (["sru", "--precision", "float8"], "'float8' is not a precision"),
+    (["onebit", "--sizes", "2048"], "'2048' is not a list of sizes such as 2048x2048"),
+    (["onebit", "--sizes", "0x5"], "not a list of sizes"),
+    (["onebit", "--mib", "-1"], "'-1' is not a whole number from 0 on"),
     (["sru", "--d", "0"], "every number must be above 0"),
     (["data", "--out", "."], "'.' is a folder"),
     (["data", "--gb", "0"], "not above 0"),
@@ -336,6 +433,6 @@ def test_workers_that_end_by_themselves_are_reported(tmp_path):
 
 def test_help_shows_examples_and_a_launcher_is_found():
     assert mpiexec()
-    for words in (["--help"], ["data", "--help"], ["train", "--help"], ["allreduce", "--help"]):
+    for words in (["--help"], ["data", "--help"], ["train", "--help"], ["allreduce", "--help"], ["onebit", "--help"]):
         command = [sys.executable, "-m", "hpc", "bench", *words]
         assert "examples:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

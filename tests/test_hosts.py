@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.hosts import AGENT_AT, Hosts, missing_rights
+from hpc.hosts import AGENT_AT, Hosts, crossed, missing_rights
 
 RECEIVE = """
 import socket, sys, time
@@ -155,6 +155,28 @@ def test_a_link_carries_its_rate(hosts, senders):
 
 def test_a_link_without_a_limit_is_much_faster(hosts):
     assert mbit_per_second(hosts(2), [1]) > 1000
+
+
+def test_a_link_gets_another_rate(hosts):
+    pair = hosts(2, "100mbit")
+    for link, low, high in (("20mbit", 16, 24), (None, 1000, 1e6), ("100mbit", 80, 102)):
+        pair.throttle(link)
+        assert low < mbit_per_second(pair, [1]) < high, link
+
+
+def test_bytes_that_crossed_a_link_are_counted(hosts):
+    pair = hosts(2, "100mbit")
+    look = ("-c", "from hpc.hosts import crossed; print(*crossed())")
+
+    def counts():
+        said = [start(pair, index, sys.executable, *look).communicate()[0] for index in (0, 1)]
+        return [int(word) for text in said for word in text.split()]
+
+    before = counts()
+    carried = mbit_per_second(pair, [1]) * 1e6 / 8  # in a second, of a little more
+    _, received, sent, _ = (b - a for a, b in zip(before, counts(), strict=True))
+    assert 0.9 * carried < received < 4 * carried and sent == pytest.approx(received, rel=0.1)
+    assert crossed("none such") == (0, 0)
 
 
 def test_mpiexec_starts_ranks_in_the_order_of_hosts_with_windows_inside_each(hosts, plain_environment):

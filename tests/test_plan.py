@@ -119,16 +119,14 @@ def test_double_buffering_is_two_turns_of_the_slower_of_computing_and_exchanging
 
 
 def test_double_buffering_on_a_core_that_computes_too():
-    traffic = Traffic(3000, 1000, 6)
-    step = step_onebit(
-        costs(contended=True), Link(Curve([(1e9, 1.0)]), core=1e-7), traffic, Setting(4, 1, 4, 4000), 2
-    )
+    traffic, curve = Traffic(3000, 1000, 6), Curve([(1e9, 1.0)])
+    step = step_onebit(costs(contended=True), Link(curve, curve, core=1e-7), traffic, Setting(4, 1, 4, 4000), 2)
     assert step.seconds == pytest.approx(2 * (1.5 * MS + 3 * MS + 2.5 * MS + 4000 * 1e-7 + 1 * MS))
 
 
 def test_float32_exchanges_one_bucket_behind_the_other_while_backward_runs():
     given = costs(forward=Curve([(1000, 5 * MS)]), backward=Curve([(1000, 10 * MS)]), post32=Line(3 * MS, 0.5 * MS))
-    link = Link(Curve([(0, 0.0), (8000, 8 * MS)]))  # 2 ms a bucket and stage
+    link = Link(*[Curve([(0, 0.0), (8000, 8 * MS)])] * 2)  # 2 ms a bucket and stage
     setting = Setting(2, 1, 2, 2000)  # an owner's work: (3 + 2 x 0.5) / 2 = 2 ms, 1 ms a bucket
     step = step_float32(given, link, Traffic(4000, 4000, 4), setting, [(500, 1000), (0, 500)])
     first_there = 5 + 2 + LONG_NAP_S / MS  # the first bucket is full halfway through backward; a thread looks
@@ -140,7 +138,7 @@ def test_float32_exchanges_one_bucket_behind_the_other_while_backward_runs():
 
 
 def test_float32_without_overlap_and_with_a_clipped_gradient():
-    link, setting = Link(Curve([(0, 0.0), (8000, 8 * MS)])), Setting(2, 1, 2, 2000)
+    link, setting = Link(*[Curve([(0, 0.0), (8000, 8 * MS)])] * 2), Setting(2, 1, 2, 2000)
     given, buckets = costs(post32=Line(3 * MS, 0.5 * MS)), [(500, 1000), (0, 500)]
     traffic = Traffic(4000, 4000, 4)
     after = step_float32(given, link, traffic, setting, buckets, overlap=False)
@@ -159,8 +157,8 @@ def test_float32_is_hidden_by_a_quick_link_and_not_by_a_slow_one():
     assert quick.seconds == pytest.approx(0.3 + 0.125 * 2 * MS, rel=1e-3) and quick.visible < 1 * MS
     slow = step_float32(given, Link.of(1000, 0), Traffic(1000, 1000, 20), setting, buckets)
     assert 0.1 + 2.0 < slow.seconds < 0.3 + 2.0
-    busy = Costs(**vars(given) | {"contended": True})
-    beside = step_float32(busy, Link(Curve([(1e9, 1.0)]), core=1e-5), Traffic(1000, 1000, 20), setting, buckets)
+    busy, curve = Costs(**vars(given) | {"contended": True}), Curve([(1e9, 1.0)])
+    beside = step_float32(busy, Link(curve, curve, core=1e-5), Traffic(1000, 1000, 20), setting, buckets)
     assert beside.seconds > quick.seconds + 0.9 * 2000 * 1e-5
 
 

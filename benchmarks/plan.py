@@ -1,0 +1,145 @@
+"""How near `trireme plan` comes: predicted steps beside measured ones, on pretend hosts.
+
+    python benchmarks/plan.py --out benchmarks/results/plan.jsonl        some minutes; as root
+
+Two hosts of one rank each, with throttled links. For every batch and link the plan is made first, from its own
+measurements between these hosts; then the real training loop runs with every strategy, in turns. On pretend hosts the
+kernel carries every packet with the cores that compute, so exchanges that are hidden are not free.
+
+Prints JSON lines: {"batch", "link", "strategy", "predicted_s", "measured_s", "quartiles_s", "error", ...}; a step is a
+whole minibatch, of two turns where it is double buffered; error = predicted / measured - 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hpc.bench import in_turns, machine, make_data, recipe_for, say, scratch, spread
+from hpc.bench_crew import Crew, outside_a_job
+from hpc.bench_sides import PHASES, Steps, joined, median
+from hpc.hosts import Hosts
+
+RANKS = 2
+SETTLE = 2  # minibatches that bring memory back into the caches, and get a first delayed exchange under way
+CLASSES, WIDTH = 1000, 40
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "float32": {"name": "allreduce"},
+    "onebit": {"name": "onebit"},
+    "halves": {"name": "onebit", "double_buffering": True},
+}
+
+
+def recipe_of(folder: Path, way: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A recipe in which every rank has a split."""
+    return recipe_for(
+        folder / "data", folder / f"run-{way}-{batch}", splits=RANKS, device="cpu",
+        task={"layers": arguments.layers, "width": arguments.width},
+        data={"batch": batch, "split_frames": frames_for(batch, arguments)}, strategy=STRATEGIES[way],
+        optim={"name": "momentum", "learning_rate": 1e-4, "momentum": 0.9},
+    )
+
+
+def frames_for(batch: int, arguments: argparse.Namespace) -> int:
+    """Frames of data that no strategy uses up."""
+    return (arguments.rounds + 1) * (SETTLE + arguments.steps + 1) * batch
+
+
+def planned(hosts: Hosts, folder: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The plan for this batch between these hosts, as `trireme plan --json` gives it."""
+    path = folder / f"plan-{batch}.toml"
+    path.write_text(tomli_w.dumps(recipe_of(folder, "float32", batch, arguments)))
+    words = [sys.executable, "-m", "mpi4py", "-m", "hpc", "plan", str(path), "--nodes", str(RANKS), "--json"]
+    command, variables = hosts.mpiexec([1] * RANKS, words)
+    done = subprocess.run(command, env=outside_a_job() | variables, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"the plan failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trained(hosts: Hosts, folder: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Steps]:
+    """Minibatches by strategy, as `hpc.bench_sides` joins them over ranks, strategies in turns."""
+    taken: dict[str, Steps] = {way: [] for way in STRATEGIES}
+    with ExitStack() as stack:
+        crews = {}
+        for way in STRATEGIES:
+            spec = {"recipe": recipe_of(folder, way, batch, arguments)}
+            name = f"{way}-{batch}-{hosts.link}"
+            crews[way] = stack.enter_context(
+                Crew(name, RANKS, "hpc.bench_worker", spec, folder=folder, hosts=hosts)
+            )
+        for round_ in range(arguments.rounds + 1):
+            for way in in_turns(round_, list(STRATEGIES)):
+                steps = joined(crews[way].take(SETTLE + arguments.steps))[SETTLE:]
+                if round_:  # the first only warms up
+                    taken[way] += steps
+    return taken
+
+
+def records(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for every batch, link and strategy."""
+    batches = [int(word) for word in arguments.batches.split(",")]
+    for link in arguments.links.split(","):
+        with Hosts(RANKS, link) as hosts:
+            for batch in batches:
+                with scratch() as folder:
+                    make_data(folder / "data", frames_for(batch, arguments), width=WIDTH, classes=CLASSES)
+                    say(f"batch {batch}, {link}: planning")
+                    plan = planned(hosts, folder, batch, arguments)
+                    say(f"batch {batch}, {link}: training")
+                    taken = trained(hosts, folder, batch, arguments)
+                (row,) = plan["nodes"]
+                for way, steps in taken.items():
+                    predicted, timing = row[way]["step_s"], spread([step["seconds"] for step in steps])
+                    record = {
+                        "batch": batch, "link": link, "strategy": way, "parameters": plan["parameters"],
+                        "hosts": RANKS, "predicted_s": predicted, "measured_s": timing["median_s"],
+                        "quartiles_s": timing["quartiles_s"], "repetitions": len(steps),
+                        "error": predicted / timing["median_s"] - 1,
+                        **{key: row[way][key] for key in ("compute_s", "work_s", "link_s", "not_hidden_s")},
+                        **{f"measured_{phase}_s": median(steps, phase) for phase in PHASES},
+                        "measured_bytes": median(steps, "reduce") + median(steps, "share"),
+                        "predicted_bytes": row[way]["bytes_to_owners"] + row[way]["bytes_back"],
+                    }
+                    yield record | ({"plan": plan} if arguments.plans else {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="256,1024,4096")
+    parser.add_argument("--links", default="1gbit,100mbit")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every strategy (default 5)")
+    parser.add_argument("--steps", type=int, default=3, help="minibatches of a turn (default 3)")
+    parser.add_argument("--plans", action="store_true", help="the whole plan in every line")
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    arguments = parser.parse_args()
+    errors = []
+    _print(machine(), arguments.out)
+    for record in records(arguments):
+        errors.append(abs(record["error"]))
+        _print(record, arguments.out)
+    _print({"what": "all", "largest_error": max(errors), "median_error": statistics.median(errors)}, arguments.out)
+    return 0
+
+
+def _print(record: dict[str, Any], out: Path | None) -> None:
+    line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()})
+    print(line, flush=True)
+    if out:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
