@@ -212,7 +212,8 @@ class AllReduce(Strategy):
             mine = []  # the first island has all groups
         squares = [total.view(-1, NORM_GROUP).double().square_().sum(1).cpu().numpy() for total in mine]
         everyone = self.comm.all_values(np.concatenate([np.empty(0), *squares]))
-        norm = math.sqrt(math.fsum(everyone.tolist())) / self.batch  # fsum is exact: no order to agree on
+        # fsum is exact: no order to agree on. The norm is the mean gradient's, over all that the turn took.
+        norm = math.sqrt(math.fsum(everyone.tolist())) / (self.batch * self.turn_batches)
         return min(1.0, self.clip_norm / norm if norm else 1.0)
 
     def _fail(self, total: torch.Tensor, low: int) -> None:

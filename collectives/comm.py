@@ -301,7 +301,7 @@ class Comm:
         most: Any = self._messages.Get_attr(MPI.TAG_UB)
         return int(most)
 
-    def sending(self, tensor: torch.Tensor, to: int, tag: int, what: str) -> Message:
+    def sending(self, tensor: torch.Tensor, to: int, tag: int, what: str = "messages") -> Message:
         """A message that will carry a contiguous tensor's values to a rank, as often as it is started.
 
         what  the name under which its bytes are counted in `sent`

@@ -40,7 +40,8 @@ class OneBitSGD(Strategy):
     """Synchronous SGD whose gradients and updates cross as one bit a value.
 
     cold_start        what the loss counts, from the start of training, before quantization begins: until then values
-                      cross as float32, and nothing is delayed
+                      cross as float32, every split's by themselves, and nothing is delayed. So a rank that holds n
+                      splits sends n whole gradients a turn, and has room for as many more
     double_buffering  whether a minibatch is cut into halves, of which one is exchanged while the other is computed: on
                       a model that lacks the half before it. Paper 002, section 2.2
     error_feedback    whether what quantization leaves out is added to the next gradient; without, training goes wrong,
@@ -72,6 +73,7 @@ class OneBitSGD(Strategy):
         self.clip_norm, self.local_adagrad, self.adagrad_epsilon = clip_norm, local_adagrad, adagrad_epsilon
         self.cold_batches = cold_start * self.halves / batch  # the loop's batches, of which a half is one
         self.taken = 0  # the loop's batches so far
+        self.taking = self.halves  # in this turn
         self.columns = Columns.of(flat.shapes)
         self.exchanges = [self._exchange(OneBit(), k) for k in range(self.halves)]
         self.cold: PackedExchange | None = None
@@ -98,7 +100,10 @@ class OneBitSGD(Strategy):
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         first, again = self.traffic()
         ways = f"to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
-        return {"said": f"a bit a value; {ways if self.comm.size > 1 else 'one rank, so nothing is sent'}"}
+        said = f"a bit a value; {ways if self.comm.size > 1 else 'one rank, so nothing is sent'}"
+        if self.double_buffering and not self.comm.threads:
+            said += "; this MPI lets one thread call it only, so little of an exchange hides behind the next half batch"
+        return {"said": said}
 
     def traffic(self) -> tuple[float, float]:
         """How many times fewer bytes a turn sends to the owners, and back from them, than float32 sums would.
@@ -113,7 +118,7 @@ class OneBitSGD(Strategy):
         return (RESIDUAL,) if self.error_feedback else ()
 
     def _zeros(self, count: int) -> torch.Tensor:
-        return self.comm.memory.zeros(count, self.flat.weights.device)
+        return torch.zeros(count, device=self.flat.weights.device)  # nobody else reads it
 
     def _exchange(self, codec: Codec, number: int) -> PackedExchange:
         return PackedExchange(
@@ -128,7 +133,8 @@ class OneBitSGD(Strategy):
         self.beside = self.double_buffering and not is_cold and not self.undelayed
         self.cold = (self.cold or self._exchange(Float32(), self.halves)) if is_cold else None
         self.exchange = self.cold or next(e for e in self.exchanges if e is not self.flying)
-        return min(limit, self.batches * (1 if self.beside else self.halves))
+        self.taking = min(limit, self.batches * (1 if self.beside else self.halves))
+        return self.taking
 
     def enter(self, split: int) -> None:
         self.flat.bind_grads(self.gradient.zero_())
@@ -153,7 +159,8 @@ class OneBitSGD(Strategy):
     def _prepared(self, split: int) -> torch.Tensor:
         """The split's gradient [P], clipped or normalised as the options say."""
         values = self.gradient
-        whole = self.comm.n_splits / self.batch  # times the sum over a split: its estimate of the mean gradient
+        # Times the sum over a split: its estimate of the mean gradient.
+        whole = self.comm.n_splits * self.halves / (self.batch * self.taking)
         if self.clip_norm:
             norm = float(torch.linalg.vector_norm(values, dtype=torch.float64)) * whole
             if norm > self.clip_norm:

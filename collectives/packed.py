@@ -256,7 +256,8 @@ class PackedExchange:
             message.start()
         self._await(self.results_in, "part of the result")
         self._await((*self.partials_out, *self.results_out), "readiness to receive")
-        self.learned = any(bool(result[0, 0]) for result in self.results)  # the first block's, as all others'
+        with self.lane.working():
+            self.learned = any(bool(result[0, 0]) for result in self.results)  # the first block's, as all others'
         self._noted("share", at)
         self.took_s = time.monotonic() - self._began
 

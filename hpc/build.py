@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -38,6 +39,7 @@ from models.lm import LanguageModel
 from models.sentences import Sentences
 from models.task import Task
 
+UPDATES = 4  # that a minibatch size is tried on, at least
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
 STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD}
 RULES: dict[str, type] = {
@@ -241,7 +243,7 @@ def _checked_fields(recipe: Recipe) -> dict[str, Any]:
 
 def part_of(batch: int, parts: int, splits: int) -> int:
     """The batch of the loop, where a strategy learns the recipe's in so many parts. Raises RecipeError."""
-    if batch % (parts * splits):
+    if parts > 1 and batch % (parts * splits):
         raise RecipeError(
             f"recipe key 'data.batch' = {batch}: with this [strategy] it is learned in {parts} parts; expected a "
             f"multiple of {parts} * splits = {parts * splits}"
@@ -250,10 +252,17 @@ def part_of(batch: int, parts: int, splits: int) -> int:
 
 
 def _selection(recipe: Recipe, counted: float, parts: int) -> Selection:
-    """Of minibatch sizes; it begins and ends with whole batches of the recipe."""
+    """Of minibatch sizes; stretches are whole batches. Raises RecipeError where one is too short to tell."""
     asked = recipe.minibatch
+    stretch, largest = _steps(asked.stretch, counted * parts), max(asked.sizes)
+    if asked.every and stretch < UPDATES * largest:
+        raise RecipeError(
+            f"recipe key 'minibatch.stretch' = {asked.stretch}: {largest} times data.batch would be tried on "
+            f"{stretch // largest} updates; expected {math.ceil(UPDATES * largest * counted * parts)} or more, or "
+            "smaller minibatch.sizes"
+        )
     return Selection(
-        every=parts * _steps(asked.every, counted * parts), stretch=parts * _steps(asked.stretch, counted * parts),
+        every=parts * _steps(asked.every, counted * parts), stretch=parts * stretch,
         sizes=asked.sizes, metric=asked.metric, tolerance=asked.tolerance, batch=recipe.data.batch,
     )
 
@@ -270,6 +279,8 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
         log.warning("%s; using the one before it", complaint)
     if found:
         checkpoint = Checkpoint(run.checkpoints / found, flat)
+        if "minibatch" not in checkpoint.state:
+            raise CheckpointError(f"checkpoint '{found}' is of an earlier development version; start a new run")
         job.strategy.restore(checkpoint)
         job.schedule.restore(checkpoint.state["schedule"])
         job.selection.restore(checkpoint.state["minibatch"], job.strategy)
@@ -281,6 +292,7 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
         with job.meter.watchdog.resting():  # large matrices may be restructured
             load_model(Path(recipe.init_from, MODEL), flat, flat.weights, partial(job.task.adapted, job.model))
         log.info("starting from the model of %s", recipe.init_from)
+        job.comm.barrier()  # who goes on may change weights that others were still filling in
     job.strategy.begin()
     return 0, dict.fromkeys(job.comm.splits)
 

@@ -57,7 +57,10 @@ class Validate(Section):
 class Minibatch(Section):
     """When larger minibatches are tried, and which is kept (paper 002, section 4)."""
 
-    every: int = Field(default=0, ge=0, description="what the loss counts, between selections; 0: none")
+    every: int = Field(
+        default=0, ge=0,
+        description="what the loss counts between selections, at least, which come after validations; 0: none",
+    )
     stretch: int = Field(default=50000, ge=1, description="what the loss counts, of the data that sizes are tried on")
     sizes: list[Annotated[int, Ge(1)]] = Field(
         default=[1, 2, 4, 8], min_length=1, description="what is tried: so many times data.batch"

@@ -72,8 +72,8 @@ def turn(job: Job, at: int, limit: int, carry: Carries) -> int:
                 count, carry[split] = learn(job, batch, split, t, carry[split])
             with meter("backward"):  # adding it up, or handing it on, is its last part
                 strategy.step(split, count)
-        with meter("backward"):
-            strategy.leave(split)
+                if t == at + n - 1:
+                    strategy.leave(split)
     with meter("exchange"):
         strategy.advance(n)
     return n

@@ -149,16 +149,20 @@ class Meter:
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
         """A block that is no part of training: its losses are dropped, and all of its seconds are this phase's."""
-        began, active = time.perf_counter(), self.active()
-        seconds, totals, losses = dict(self._seconds), dict(self.totals), self._losses
-        self._losses = {}
+        active, seconds, totals, losses, spans = (
+            self.active(), dict(self._seconds), dict(self.totals), self._losses, self.spans
+        )
+        self._losses, self.spans = {}, Spans()
+        began = time.monotonic_ns()
         try:
             yield
         finally:
-            self._seconds, self.totals, self._losses = seconds, totals, losses
+            ended = time.monotonic_ns()
+            self._seconds, self.totals, self._losses, self.spans = seconds, totals, losses, spans
+            self.spans.add(phase, began, ended)
             self._active += self.active() - active
-            self._seconds[phase] += time.perf_counter() - began
-            self.totals[phase] += time.perf_counter() - began
+            self._seconds[phase] += (ended - began) / 1e9
+            self.totals[phase] += (ended - began) / 1e9
 
     def add(self, split: int, total: torch.Tensor, count: int) -> float:
         """Take in a batch's summed loss; returns it as a number."""

@@ -8,7 +8,8 @@ Trials delay no updates (section 5.4: double buffering made them select smaller 
 that is not finite loses.
 
 A size is a multiple of the recipe's batch: a turn then takes so many of them before it updates. The learning rate
-means the same a frame, as in the paper's equation (1), so a larger size takes larger steps, up to where that fails.
+means the same a frame, as in the paper's equation (1), so under SGD and momentum a larger size takes larger steps, up
+to where that fails; rules that divide by the gradient's size (AdaGrad, Adam) take fewer steps instead.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import torch
 from collectives.strategy import Strategy, Weights
 from hpc.evaluate import add_up
 from hpc.job import Carries, Job, turn
+from hpc.schedule import Schedule
 from models.task import Sums
 
 
 class Selection:
     """When sizes are tried, which, and what was chosen.
 
-    every      steps between selections; 0: never
+    every      steps between selections, at least; they come after validations. 0: never
     stretch    steps that every size is tried on
     sizes      multiples of the recipe's batch
     metric     what is compared, smaller being better: over the stretch, by the model after it
@@ -43,13 +45,11 @@ class Selection:
         self.metric, self.tolerance, self.batch = metric, tolerance, batch
         self.size, self.chosen_at = 1, 0
 
-    def due(self, at: int) -> bool:
-        """Whether sizes are to be tried at step `at`, and were not yet."""
-        return bool(self.every and at and at % self.every == 0 and self.chosen_at != at)
-
-    def limit(self, at: int, end: int) -> int:
-        """How many steps there are from `at` to `end`, or to where sizes are tried before that."""
-        return min(end, (at // self.every + 1) * self.every if self.every else end) - at
+    def due(self, at: int, schedule: Schedule) -> bool:
+        """Whether sizes are to be tried at step `at`, and were not yet: after a validation, while a stretch is left."""
+        if not self.every or at - self.chosen_at < self.every or at + self.stretch > schedule.steps:
+            return False
+        return schedule.next_judgement(at - 1) == at
 
     def state(self) -> dict[str, int]:
         """What a resumed run needs, as JSON values."""
@@ -73,7 +73,8 @@ class Selection:
     def choose(self, job: Job, at: int, carry: Carries) -> bool:
         """Try all sizes from step `at` on and settle on one; nothing else changes (collective).
 
-        Returns False, having chosen nothing, if the run was asked to stop meanwhile.
+        A copy of the strategy's state is kept in memory meanwhile. Returns False, having chosen nothing, if the run was
+        asked to stop: the checkpoint of the validation at this step is where it goes on from.
         """
         strategy, meter, found = job.strategy, job.meter, dict[int, float]()
         strategy.end()
@@ -111,7 +112,7 @@ class Selection:
         """The metric after a stretch with this size, infinity if it failed; None: the run was asked to stop."""
         strategy, t = job.strategy, at
         strategy.batches, strategy.failed = size, False
-        until, before = min(at + self.stretch, job.schedule.steps), dict(carry)
+        until, before = at + self.stretch, dict(carry)
         while t < until:
             t += turn(job, t, until - t, carry)
             if job.comm.agree(job.stop.requested):

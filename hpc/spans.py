@@ -20,7 +20,7 @@ from hpc.trace_records import EXCHANGE, FOLDER, STEP, TURN
 FLUSH_TURNS = 5  # turns between writes
 SPANS_AT_MOST = 20_000  # a start or a validation: a window that fills up ends early
 CLOCK_ROUNDS = 16  # barriers to set the clocks by
-BETWEEN = ("validate", "checkpoint")  # phases that belong to no turn
+BETWEEN = ("validate", "checkpoint", "select")  # phases that belong to no turn
 
 Marks = Sequence[tuple[int, int]]  # of every barrier: (entered, left), ns of the rank's own clock
 

@@ -150,7 +150,8 @@ def time_by_rank(trains: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict
 def phases_in(spent: dict[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:
     """The phases to show of what `time_by_rank` found: COMPUTE where a run was recorded so, all others, OTHER."""
     together, apart = (any(row[p] for row in spent.values() for p in some) for some in ((COMPUTE,), PHASES[:2]))
-    return (*((COMPUTE,) if together else ()), *(PHASES if apart or not together else PHASES[2:]), OTHER)
+    named = [phase for phase in PHASES if phase != "select" or any(row[phase] for row in spent.values())]
+    return (*((COMPUTE,) if together else ()), *(named if apart or not together else named[2:]), OTHER)
 
 
 def exchange_hidden(trains: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float]]:

@@ -29,7 +29,8 @@ MARGIN = 4.0  # points that a label leaves free at either side of its bar
 SHADES = ("#3b1a66", "#8d66bd", "#d9c8ec", "#f4effa")  # of the kinds of an exchange's parts
 DARK_SHADES = 2  # so many of them take white text
 # What its colour alone does not tell from forward or backward in grey.
-PATTERNS = {WAITING: "////", "read": "....", "checkpoint": "\\\\\\", "validate": "---"}
+PATTERNS = {WAITING: "////", "read": "....", "checkpoint": "\\\\\\", "validate": "---",
+            "log": "|||", "select": "xxx"}
 PALE = "#fbe3d1"  # the ground of what is waited for, under stripes in the phase's colour
 WORDS = {"reduce": "reduce: gather and sum gradients", "update": "update: new weights from them",
          "share": "share: new weights to all"}

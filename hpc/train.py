@@ -22,14 +22,14 @@ def train(job: Job, at: int = 0, carry: Carries | None = None) -> bool:
     carry = carry or dict.fromkeys(comm.splits)
     job.model.train()
     while at < schedule.steps and not schedule.stopped:
-        judged, n = schedule.next_judgement(at), 0
-        stopping = selection.due(at) and not selection.choose(job, at, carry)  # asked to stop: nothing was chosen
-        if not stopping:
-            n = turn(job, at, selection.limit(at, judged), carry)
-            at += n
-            stopping = comm.agree(job.stop.requested)  # all ranks learn of it one turn later, at the same step
-            meter.turn(at, job.strategy.rate.learning_rate)
-            job.saver.poll()
+        if selection.due(at, schedule) and not selection.choose(job, at, carry):
+            break  # asked to stop amid it: the checkpoint of this step is there
+        judged = schedule.next_judgement(at)
+        n = turn(job, at, judged - at, carry)
+        at += n
+        stopping = comm.agree(job.stop.requested)  # all ranks learn of it one turn later, at the same step
+        meter.turn(at, job.strategy.rate.learning_rate)
+        job.saver.poll()
         best = judge(job, at) if at == judged else False
         due = job.checkpoint_every and at // job.checkpoint_every != (at - n) // job.checkpoint_every
         if at == judged or due or stopping:

@@ -77,7 +77,7 @@ def test_many_messages_at_once_both_ways_whoever_is_asked_moves_all():
     sizes = [5 * CHUNK + 1, 0, CHUNK, 9 * CHUNK, 3, 2 * CHUNK]
     out = [content(size, 0, comm.rank) for size in sizes]
     into = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-    sent = [comm.sending(t, 1 - comm.rank, tag, "test") for tag, t in enumerate(out)]
+    sent = [comm.sending(t, 1 - comm.rank, tag) for tag, t in enumerate(out)]
     awaited = [comm.receiving(t, 1 - comm.rank, tag) for tag, t in enumerate(into)]
     for turn in range(3):
         for number, tensor in enumerate(out):
