@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "jobs" / "recipes" / "an4_frames.toml"
 STEPS = {0.625: 0.25, 0.875: 0.0625}  # after this part of the epochs, the learning rate times that
 NEAR = 0.1  # what ends within this of the majority class's accuracy has learned nothing
-# Hidden layers and what the paper's tables say of them. SVD-LL joins here, with task.factored.
+# Hidden layers and what the paper's tables say of them. SVD-LL (task.factored) is not among them yet.
 NETWORKS = {"sigmoid": {"activation": "sigmoid", "init": "glorot"}, "relu": {"activation": "relu", "init": "he"}}
 MOMENTUM: dict[str, Any] = {"name": "momentum", "momentum": 0.9}
 BEFORE: dict[str, Any] = {"name": "adagrad", "momentum": 0.9, "placement": "before"}
