@@ -99,8 +99,7 @@ class OneBitSGD(Strategy):
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         first, again = self.traffic()
-        ways = f"to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
-        said = f"a bit a value; {ways if self.comm.size > 1 else 'one rank, so nothing is sent'}"
+        said = f"a bit a value; to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
         if self.double_buffering and not self.comm.threads:
             said += "; this MPI lets one thread call it only, so little of an exchange hides behind the next half batch"
         return {"said": said}
