@@ -6,7 +6,7 @@ which it will receive in quantized form from all peer nodes ... These are then s
 post-processed (AdaGrad, momentum), and redistributed to all peers, again quantized." O(1) in the number of ranks. The
 splits are added in their order, whoever holds them, so the sum is the same for every number of ranks.
 
-A turn: `row` gives the places that the splits' values are packed into; `start` sends them; `complete` waits, has the
+A turn: `rows` gives the places that the splits' values are packed into; `start` sends them; `complete` waits, has the
 owner's part made and sent, and waits for the others'. Where threads may call MPI, a thread can do `complete` while the
 rank computes.
 

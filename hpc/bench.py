@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
@@ -47,6 +49,9 @@ EXAMPLES = """examples:
 
 Every line of standard output is a JSON object. See benchmarks/README.md for how to read them.
 """
+LEAST_ROUNDS = 3
+
+
 class Benchmark(NamedTuple):
     """module: where `measure(arguments)`, which yields records, is."""
 
@@ -98,20 +103,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(record: dict[str, Any], out: Path | None) -> None:
-    line = json.dumps(_rounded(record))
+    line = json.dumps(rounded(record))
     print(line, flush=True)
     if out:
         with open(out, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
-def _rounded(value: Any) -> Any:
-    """Floats to five digits: more are noise."""
+def rounded(value: Any) -> Any:
+    """JSON values with floats of five digits: more are noise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def say(text: str) -> None:
@@ -164,6 +169,33 @@ def quotient(upper: Sequence[float], lower: Sequence[float], name: str = "ratio"
 def in_turns(round_: int, sides: Sequence[Any]) -> Sequence[Any]:
     """The sides in this round's order: there and back, so that a drift of the machine favours nobody."""
     return sides[::-1] if round_ % 2 else sides
+
+
+def timed(
+    acts: Mapping[str, Callable[[], object]], rounds: int, turn_s: float, budget: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of a call of every act, round by round, the acts in turns, each called twice before.
+
+    turn_s  what is quick is called again and again until it takes about so many seconds, and divided
+    budget  seconds after which no further round is begun, but for the first LEAST_ROUNDS
+    """
+    repeats = {}
+    for name, act in acts.items():
+        act()
+        began = time.perf_counter()
+        act()
+        repeats[name] = max(1, min(1000, int(turn_s / (time.perf_counter() - began + 1e-7))))
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    began = time.monotonic()
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.monotonic() - began > budget:
+            break
+        for name in in_turns(turn, list(acts)):
+            act, start = acts[name], time.perf_counter()
+            for _ in range(repeats[name]):
+                act()
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from memory, and goes there. With `--mib 0` there is one set, which stays in the
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, product
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hpc.bench import in_turns, quotient, say, spread
+from hpc.bench import quotient, say, spread, timed
 from hpc.bench_options import UNITS
 from hpc.quantities import counted
 from kernels.onebit import Columns, accumulate_, quantize_, reference_accumulate_, reference_quantize_
@@ -70,7 +69,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         check(size, sets[0])
         for kernel in KERNELS:
             moved = bytes_of(kernel, size, arguments.splits)
-            seconds = _timed(make_sides(kernel, size, sets, moved, enough), arguments.rounds)
+            seconds = timed(make_sides(kernel, size, sets, moved, enough), arguments.rounds, TURN_S)
             common = {
                 "kernel": kernel, "rows": size.rows, "width": size.width, "threads": threads,
                 "splits": _splits(kernel, arguments.splits), "bytes": moved, "sets": len(sets),
@@ -180,25 +179,6 @@ def numpy_accumulate(out: np.ndarray, rows: list[Packed], fresh: bool) -> None:
     for below, above, bits in rows:
         high = np.unpackbits(bits, axis=1, count=out.shape[1], bitorder="little").view(bool)
         out += np.where(high, above[:, None], below[:, None])
-
-
-def _timed(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call by side, round by round."""
-    repeats = {}
-    for name, act in sides.items():
-        act()
-        began = time.perf_counter()
-        act()
-        repeats[name] = max(1, min(1000, int(TURN_S / (time.perf_counter() - began + 1e-7))))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds):
-        for name in in_turns(turn, list(sides)):
-            act = sides[name]
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                act()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return seconds
 
 
 def _summary(seconds: dict[str, list[float]], common: dict[str, Any]) -> dict[str, Any]:

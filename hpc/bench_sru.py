@@ -12,7 +12,6 @@ the environment: pip install --no-deps --target FOLDER sru ninja, and PYTHONPATH
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import product
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpc.bench import in_turns, quotient, say, spread
+from hpc.bench import quotient, say, spread, timed
 from hpc.quantities import counted
 from hpc.runtime import keep_freed_memory
 from kernels.product import product as multiplied
@@ -28,7 +27,6 @@ from kernels.sru import recurrence
 from models.layers.recurrent import SRU
 
 TURN_S = 0.02  # a timing repeats what is quick until it takes about so long
-LEAST_ROUNDS = 3
 PASSES = ("forward", "forward+backward")
 FLOATS = {"forward": 6, "forward+backward": 6 + 10}  # a unit and step: read and written by the recurrence
 
@@ -161,23 +159,7 @@ def _timed(sides: dict[str, Side], which: str, size: Size, rounds: int, budget: 
     source = torch.zeros(FLOATS[which] * size.length * size.batch * size.d // 2)
     target = torch.empty_like(source)
     acts["copy"] = lambda: target.copy_(source)
-    repeats = {}
-    for name, act in acts.items():
-        act()
-        began = time.perf_counter()
-        act()
-        repeats[name] = max(1, min(1000, int(TURN_S / (time.perf_counter() - began + 1e-7))))
-    seconds: dict[str, list[float]] = {name: [] for name in acts}
-    began = time.monotonic()
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.monotonic() - began > budget:
-            break
-        for name in in_turns(turn, list(acts)):
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                acts[name]()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return seconds
+    return timed(acts, rounds, TURN_S, budget)
 
 
 def _summary(seconds: dict[str, list[float]], common: dict[str, Any]) -> dict[str, Any]:

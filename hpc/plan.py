@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.comm import Comm
-from hpc.bench import scratch
+from hpc.bench import rounded, scratch
 from hpc.bench_crew import Crew
 from hpc.bench_options import bits_of, link, numbers, positive
 from hpc.build import registry
@@ -168,15 +168,6 @@ def _tell(arguments: argparse.Namespace, recipe: Recipe, nodes: list[int], ranks
         print(json.dumps(rounded(told)))
         return
     show(outlook, nodes, found, _title(arguments, recipe, found), _notes(arguments, recipe, ranks, found))
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with floats of five digits: more are noise."""
-    if isinstance(value, dict):
-        return {key: rounded(held) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(held) for held in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _costs(values: dict[str, Any]) -> Costs:

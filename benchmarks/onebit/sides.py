@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpc.bench import rounded
 from hpc.bench_options import bits_of
 
 RANKS = 2  # one a host
@@ -70,11 +71,3 @@ class Lines:
     def of(self, what: str, **values: Any) -> list[dict[str, Any]]:
         wanted = {"what": what, **values}
         return [r for r in self.records if all(r.get(key) == value for key, value in wanted.items())]
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
