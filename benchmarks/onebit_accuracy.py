@@ -37,13 +37,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onebit.an4 import RECIPE, ROOT, schedule, toml
+
 from hpc.records import read_records
 from hpc.report_picture import LIGHT, dress, new_figure, png
 from hpc.shards import read_manifest
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "jobs" / "recipes" / "an4_frames.toml"
-STEPS = {0.625: 0.25, 0.875: 0.0625}  # after this part of the epochs, the learning rate times that
 NEAR = 0.1  # what ends within this of the majority class's accuracy has learned nothing
 # Hidden layers and what the paper's tables say of them. SVD-LL (task.factored) is not among them yet.
 NETWORKS = {"sigmoid": {"activation": "sigmoid", "init": "glorot"}, "relu": {"activation": "relu", "init": "he"}}
@@ -114,15 +113,13 @@ class Setting:
 
     def overrides(self, setup: dict[str, Any]) -> list[str]:
         """The recipe's keys."""
-        epochs = setup["epochs"]
-        steps = {"at": [part * epochs for part in STEPS], "rates": [self.rate * factor for factor in STEPS.values()]}
         if self.row.onebit is None:
             strategy: dict[str, Any] = {"name": "allreduce"}
         else:
             strategy = {"name": "onebit", "cold_start": float(self.cold_start), **self.row.onebit, **setup["strategy"]}
         tables = {
             "strategy": strategy, "optim": self.row.optim | {"learning_rate": self.rate},
-            "schedule": {"name": "steps", "epochs": epochs, **steps},
+            "schedule": schedule(self.rate, setup["epochs"]),
         }
         network = NETWORKS[self.network] | {"layers": setup["layers"], "width": setup["width"]}
         return [
@@ -131,13 +128,6 @@ class Setting:
             *(f"{name}={toml(table)}" for name, table in tables.items()),
             "log.tensorboard=false", "log.trace=0", "checkpoint.keep=1",
         ]
-
-
-def toml(value: Any) -> str:
-    """A value as TOML: JSON's is the same but for tables."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}={toml(held)}" for key, held in value.items()) + "}"
-    return json.dumps(value)
 
 
 class Bench:

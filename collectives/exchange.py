@@ -47,6 +47,20 @@ class Wait(NamedTuple):
     over: Callable[[float], bool]
 
 
+def rest(quiet_s: float, patient: bool = False) -> None:
+    """Before looking again: give the processor to whom is waited for.
+
+    quiet_s  seconds since something last came
+    patient  whether the core is needed by another thread of this rank
+    """
+    if patient:
+        time.sleep(LONG_NAP_S)
+    elif quiet_s < SPIN_S:
+        os.sched_yield()
+    else:
+        time.sleep(NAP_S)
+
+
 START = Wait(-1, "to begin", lambda patience: True)
 HELD = Wait(-1, "to be let go", lambda patience: False)
 
@@ -196,14 +210,11 @@ class Exchange(Turn):
         return lost
 
     def _rest(self, quiet_s: float) -> None:
-        """Give the processor to whom is waited for."""
         first = next((run for run in self._runs if run.wait is not HELD), None)
         if first is not None and len(self.comm.islands) == 1:
             first.wait.over(LOOK_S)  # only flags can be waited for: sleep until that one is raised
-        elif quiet_s < SPIN_S:
-            os.sched_yield()
         else:
-            time.sleep(NAP_S)
+            rest(quiet_s)
 
     def _look_after_peers(self) -> None:
         for run in self._runs:

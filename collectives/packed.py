@@ -15,7 +15,6 @@ Legend: P floats of the flat buffer, K ranks, N splits, S floats that this rank 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from bisect import bisect_left
@@ -27,7 +26,7 @@ from typing import Protocol
 import torch
 
 from collectives.comm import Comm, PeerLost
-from collectives.exchange import LONG_NAP_S, LOOK_S, NAP_S, SPIN_S
+from collectives.exchange import LOOK_S, rest
 from collectives.lane import lane_of
 from collectives.message import Message
 from kernels import onebit
@@ -278,12 +277,7 @@ class PackedExchange:
                 for message in pending:
                     if not self.comm.alive(message.peer):
                         raise PeerLost(f"{self.comm.name_of(message.peer)} is gone; this rank waited for its {what}")
-            if self._patient:
-                time.sleep(LONG_NAP_S)  # the cores are backward's
-            elif now - began < SPIN_S:
-                os.sched_yield()
-            else:
-                time.sleep(NAP_S)
+            rest(now - began, self._patient)
         self.waiting = None
 
     def _arrived(self, message: Message, what: str) -> bool:

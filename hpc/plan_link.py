@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import threading
 import time
@@ -14,7 +13,7 @@ import torch
 
 from collectives.choice import BUCKETS
 from collectives.comm import Comm
-from collectives.exchange import LONG_NAP_S, NAP_S, SPIN_S
+from collectives.exchange import rest
 
 LEAST_BYTES = 64
 ROUNDS, BUDGET_S = 9, 1.0
@@ -59,21 +58,11 @@ class Ring:
                 self.stages[1][piece].start()
             waiting, moved = waiting - here, bool(here)
             if waiting and not moved:
-                _rest(began, patient)
+                rest(time.monotonic() - began, patient)
         for message in (*self.expected[1], *self.sent):
             while not message.arrived():
-                _rest(began, patient)
+                rest(time.monotonic() - began, patient)
         self.done += 1
-
-
-def _rest(began: float, patient: bool) -> None:
-    """As `collectives/packed.py` waits."""
-    if patient:
-        time.sleep(LONG_NAP_S)
-    elif time.monotonic() - began < SPIN_S:
-        os.sched_yield()
-    else:
-        time.sleep(NAP_S)
 
 
 def measure_link(comm: Comm, floats: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ With g a column of the gradient and d its residual, both [n]:
 Source: paper 002, section 3: threshold 0, two reconstruction values a column "as to minimize the square quantization
 error" (for a fixed threshold those are the means), the error added to the next gradient. Departure: the paper ties
 values "within each weight-matrix column"; here a column is a contiguous run of the stored matrix, which in torch holds
-all weights into one unit (a strided column costs three times as much to read); a vector is one column.
+all weights into one unit (a strided column costs three times as much to read). Every value of a vector is a column of
+its own, so vectors cross exactly: as one column, biases whose gradients differ by orders of magnitude would share two
+levels, and the residuals of the large ones wind up (docs/1bit.md).
 
 Sums over a column are taken in 32 lanes, the value i in lane i modulo 32, which are then folded in halves: so the CPU,
 the GPU and the torch reference give the same bits.
@@ -22,6 +24,7 @@ Legend: F floats of a stretch of the flat buffer, C columns, W words of signs, N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,18 +80,15 @@ class Columns:
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, Sequence[int]]]) -> Columns:
-        """The columns of parameters, given as (first float, shape): rows of what has several dimensions, whole vectors.
+        """The columns of parameters, given as (first float, shape): what lies behind the first dimension.
 
         >>> Columns.of([(0, (3, 40)), (128, (3,))]).runs
-        [Run(start=0, rows=3, width=40), Run(start=128, rows=1, width=3)]
+        [Run(start=0, rows=3, width=40), Run(start=128, rows=3, width=1)]
         """
         runs = []
         for start, shape in shapes:
-            size = 1
-            for length in shape:
-                size *= length
-            rows = shape[0] if len(shape) > 1 else 1
-            runs.append(Run(start, rows, size // rows if rows else 0))
+            rows, *behind = shape or (1,)
+            runs.append(Run(start, rows, math.prod(behind)))
         return cls(runs)
 
     @cached_property

@@ -306,7 +306,7 @@ def test_a_whole_run_keeps_the_law_killed_and_resumed_too(trireme, start, tmp_pa
     assert "lets one thread call it only" in one_thread.stderr
     assert sha256_of(tmp_path / "one/model.safetensors") == digests[1]
     end = [r for r in records if r["event"] == "end"][-1]["sent"]
-    assert end["bytes"] == end["reduce"] + end["share"] > 0 and end["float32"] > 3 * end["bytes"]  # cold start included
+    assert end["bytes"] == end["reduce"] + end["share"] > 0 and end["float32"] > 2.5 * end["bytes"]  # cold start included
     summary = json.loads(trireme("report", tmp_path / "run2", "--json").stdout)
     assert summary["sent"] == end
     assert "times fewer than float32" in (tmp_path / "run2/report.html").read_text()
@@ -314,7 +314,7 @@ def test_a_whole_run_keeps_the_law_killed_and_resumed_too(trireme, start, tmp_pa
 
 def test_a_roll_back_takes_back_what_is_left_and_keeps_the_law(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
-    changes = (*WHOLE, "optim.learning_rate=0.3", "strategy.clip_norm=0.0")
+    changes = (*WHOLE, "optim.learning_rate=1.0", "strategy.clip_norm=0.0")
     digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
     log = (tmp_path / "run1/metrics.jsonl").read_text()
     assert '"roll back"' in log and len(digests) == 1

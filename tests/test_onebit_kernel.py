@@ -11,8 +11,8 @@ from kernels.onebit import Columns, accumulate_, empty_, quantize_, reference_ac
 
 # (first float, shape): unaligned, with padding between some; columns of 1, 7, 31, 32, 33, 40, 64, 129, 2048 and 4099.
 PLACES = [
-    (3, (5, 40)), (203, (33,)), (300, (7, 1)), (310, (3, 2048)), (6500, (2, 31)), (6600, (4, 32)), (6800, (1,)),
-    (6801, (3, 7)), (6900, (129,)), (7031, (2, 2, 32)), (7161, (4099,)),
+    (3, (5, 40)), (203, (1, 33)), (300, (7, 1)), (310, (3, 2048)), (6500, (2, 31)), (6600, (4, 32)), (6800, (1,)),
+    (6801, (3, 7)), (6900, (1, 129)), (7031, (2, 2, 32)), (7161, (1, 4099)),
 ]  # fmt: skip
 COLUMNS = Columns.of(PLACES)
 FLOATS = COLUMNS.end + 17
@@ -156,12 +156,25 @@ def test_what_is_not_finite_is_told_wherever_it_is(act):
                     if not where:
                         assert not act(both[0], None, columns, row_of(columns)), (width, at, value)
     largest = torch.finfo(torch.float32).max
-    columns = Columns.of([(0, (64,))])
+    columns = Columns.of([(0, (1, 64))])
     values = torch.zeros(64)
     values[3] = largest
     assert act(values, torch.zeros(64), columns, row_of(columns))
     values[35] = largest  # in the same lane
     assert not act(values, torch.zeros(64), columns, row_of(columns))
+
+
+@pytest.mark.parametrize(("act", "add"), [(quantize_, accumulate_), (reference_quantize_, reference_accumulate_)])
+def test_vectors_cross_exactly(act, add):
+    columns = Columns.of([(2, (40,)), (50, ())])
+    assert columns.count == 41
+    values, residual = made(columns)
+    given = values + residual
+    finite, packed, left = quantized(act, values, residual, columns)
+    out = torch.full_like(values, 7.0)
+    add(out, packed[None], columns, fresh=True)
+    for inside, was, rest in zip(split(out, columns), split(given, columns), split(left, columns), strict=True):
+        assert finite and torch.equal(inside, was) and not rest.any()
 
 
 def test_padding_is_neither_read_nor_written():

@@ -27,7 +27,7 @@ from kernels.onebit import Columns, accumulate_, quantize_, reference_accumulate
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="the CPU library was not built")
 
-SHORT = Columns.of([(1, (3, 40)), (130, (33,)), (170, (2, 1)), (172, (2, 300)), (772, (2, 32)), (840, (600,))])
+SHORT = Columns.of([(1, (3, 40)), (130, (1, 33)), (170, (2, 1)), (172, (2, 300)), (772, (2, 32)), (840, (1, 600))])
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def summed(act, number, dry, fresh, columns=COLUMNS):
 @needs_library
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     monkeypatch.setattr(onebit, "ENOUGH", 1)
-    for columns in (COLUMNS, Columns.of([(9, (100_000,))]), Columns.of([(900, (3, 5))]), Columns([])):
+    for columns in (COLUMNS, Columns.of([(9, (1, 100_000))]), Columns.of([(900, (3, 5))]), Columns([])):
         values, residual = made(columns)
         wanted = quantized(quantize_, values, residual, columns), summed(accumulate_, 5, (1,), False, columns)
         for threads in (2, 3, 7):

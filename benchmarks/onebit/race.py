@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from onebit.an4 import RECIPE, ROOT, schedule, toml
 from onebit.sides import RANKS, RESTARTS, SIDES, Lines, burst_kib
 from onebit.tables import best_rate
 
@@ -22,9 +23,6 @@ from hpc.bench_crew import outside_a_job
 from hpc.hosts import Hosts
 from hpc.records import read_records
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "jobs" / "recipes" / "an4_frames.toml"
-STEPS = {0.625: 0.25, 0.875: 0.0625}  # after this part of the epochs, the learning rate times that
 ATTEMPT_S = 3600.0
 
 
@@ -106,13 +104,12 @@ class Race:
     def overrides(self, run: Run, folder: Path) -> list[str]:
         """The recipe's keys."""
         setup, data = self.setup, self.arguments.data
-        steps = {"at": [part * setup["epochs"] for part in STEPS], "rates": [run.rate * f for f in STEPS.values()]}
         strategy = dict(SIDES[run.side].strategy or {"name": "allreduce"})
         if strategy["name"] == "onebit":
             strategy["cold_start"] = float(setup["cold"] * setup["batch"])
         tables = {
             "strategy": strategy, "optim": {"name": "momentum", "learning_rate": run.rate, "momentum": 0.9},
-            "schedule": {"name": "steps", "epochs": setup["epochs"], **steps},
+            "schedule": schedule(run.rate, setup["epochs"]),
         }
         return [
             f"run={folder / 'run'}", f"seed={run.seed}", f"splits={RANKS}", "threads=1", "device=cpu",
@@ -172,13 +169,6 @@ def curve_of(run: Path) -> dict[str, Any]:
             })
     frames = max((record.get("frames", 0) for record in records), default=0)
     return {"curve": curve, "steps": math.ceil(frames / records[0]["batch"])}
-
-
-def toml(value: Any) -> str:
-    """A value as TOML: JSON's is the same but for tables."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}={toml(held)}" for key, held in value.items()) + "}"
-    return json.dumps(value)
 
 
 def launch(hosts: Hosts, words: list[str]) -> tuple[int, str]:

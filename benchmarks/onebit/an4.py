@@ -1,0 +1,24 @@
+"""What runs on AN4 have in common: the recipe, and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "jobs" / "recipes" / "an4_frames.toml"
+STEPS = {0.625: 0.25, 0.875: 0.0625}  # after this part of the epochs, the learning rate times that
+
+
+def schedule(rate: float, epochs: int) -> dict[str, Any]:
+    """A recipe's table: the same two steps for all runs, whatever their rate."""
+    at, rates = [part * epochs for part in STEPS], [rate * factor for factor in STEPS.values()]
+    return {"name": "steps", "epochs": epochs, "at": at, "rates": rates}
+
+
+def toml(value: Any) -> str:
+    """A value as TOML: JSON's is the same but for tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}={toml(held)}" for key, held in value.items()) + "}"
+    return json.dumps(value)
