@@ -28,77 +28,39 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from onebit.race import Race, race_setup
-from onebit.sides import RANKS, RESTARTS, SIDES, Lines, burst_kib
+from onebit.sides import RANKS, SIDES, WARM_UP, Lines, Team, burst_kib
 from onebit.tables import draw, markdown
 
 from hpc.bench import in_turns, machine, make_data, quotient, say, scratch, spread
-from hpc.bench_crew import Crew
 from hpc.bench_options import link as rate_of_a_link
 from hpc.bench_options import numbers, positive
-from hpc.bench_sides import CONTEXT, PHASES, WIDTH, Setup, Steps, joined, median
+from hpc.bench_sides import CONTEXT, PHASES, WIDTH, Setup, Steps, median
 from hpc.hosts import Hosts, missing_rights
+from hpc.planning.powersgd import floats
 
 ROOT = Path(__file__).parents[1]
-WARM_UP, SETTLE = 4, 1  # steps
+SETTLE = 1  # steps
 MOST = 8  # steps of a turn, and at most so many frames of them, or one step:
 MOST_FRAMES = 4096
 LEAST_ROUNDS = 5
 
 
-class Team:
-    """A side's processes, started again where they ended by themselves (gloo's do, now and then)."""
-
-    def __init__(self, name: str, setup: Setup, stack: ExitStack):
-        self.name, self.setup, self.stack, self.starts = name, setup, stack, 0
-        self.crew: Crew | None = None
-
-    def take(self, steps: int) -> Steps:
-        while True:
-            try:
-                self.crew = self.crew or self._start()
-                return joined(self.crew.take(steps))
-            except OSError as error:
-                if self.starts > RESTARTS:
-                    raise
-                say(f"{self.name} is started again: {error}")
-                self.crew = None
-
-    def _start(self) -> Crew:
-        side, label = SIDES[self.name], f"{self.name}-{self.starts}"
-        self.starts += 1
-        if side.strategy is None:
-            crew = self.setup.ddp(label, RANKS, side.powersgd)
-        else:
-            crew = self.setup.trireme(label, RANKS, RANKS, side.strategy)
-        self.stack.enter_context(crew)
-        self.parameters = crew.hello[0]["parameters"]
-        crew.take(WARM_UP)
-        return crew
-
-
-def formula(floats: int) -> float:
+def formula(count: int) -> float:
     """Bytes that each of RANKS ranks sends for a ring's sum of so many floats."""
-    return 2 * (RANKS - 1) / RANKS * 4 * floats
+    return 2 * (RANKS - 1) / RANKS * 4 * count
 
 
-def powersgd_floats(shapes: list[tuple[int, int]], rank: int) -> int:
-    """What PowerSGD sums up of these matrices and as many biases: of a matrix P and Q, if they are below half."""
-    total = 0
-    for rows, columns in shapes:
-        factors = (rows + columns) * min(rows, columns, rank)
-        total += rows + (factors if 2 * factors < rows * columns else rows * columns)
-    return total
-
-
-def matrices(setup: Setup) -> list[tuple[int, int]]:
+def shapes(setup: Setup) -> list[tuple[int, Sequence[int]]]:
+    """Of the DNN's matrices and biases, as `hpc.planning.powersgd` wants them; where they begin is not asked for."""
     sizes = [(2 * CONTEXT + 1) * WIDTH, *[setup.width] * setup.layers, setup.classes]
-    return [(after, before) for before, after in pairwise(sizes)]
+    return [(0, shape) for before, after in pairwise(sizes) for shape in ((after, before), (after,))]
 
 
 def speed(arguments: argparse.Namespace, lines: Lines) -> None:
@@ -178,8 +140,8 @@ def told(name: str, link: str, batch: int, parameters: int, turns: list[Steps], 
     steps, side = [step for taken in turns for step in taken], SIDES[name]
     timing = spread([step["seconds"] for step in steps])
     if side.strategy is None:
-        floats = powersgd_floats(matrices(setup), side.powersgd) if side.powersgd else parameters
-        own: dict[str, Any] = {"bytes": formula(floats), "bytes_by": "formula"}
+        summed = sum(floats(shapes(setup), side.powersgd)) if side.powersgd else parameters
+        own: dict[str, Any] = {"bytes": formula(summed), "bytes_by": "formula"}
     else:
         ways = {f"{way}_bytes": median(steps, way) for way in ("reduce", "share")}
         own = {"bytes": sum(ways.values()), "bytes_by": "counted", **ways}

@@ -3,8 +3,9 @@
     python benchmarks/plan.py --out benchmarks/results/plan.jsonl        some minutes; as root
 
 Two hosts of one rank each, with throttled links. For every batch and link the plan is made first, from its own
-measurements between these hosts; then the real training loop runs with every strategy, in turns. On pretend hosts the
-kernel carries every packet with the cores that compute, so exchanges that are hidden are not free.
+measurements between these hosts; then the real training loops run, Trireme's with every strategy and torch's DDP with
+PowerSGD, in turns. On pretend hosts the kernel carries every packet with the cores that compute, so exchanges that are
+hidden are not free.
 
 Prints JSON lines: {"batch", "link", "strategy", "predicted_s", "measured_s", "quartiles_s", "error", ...}; a step is a
 whole minibatch, of two turns where it is double buffered; error = predicted / measured - 1.
@@ -23,41 +24,30 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from onebit.sides import RANKS, SIDES, WARM_UP, Team
 
-from hpc.bench import in_turns, machine, make_data, recipe_for, say, scratch, spread
-from hpc.bench_crew import Crew, outside_a_job
-from hpc.bench_sides import PHASES, Steps, joined, median
+from hpc.bench import in_turns, machine, make_data, say, scratch, spread
+from hpc.bench_crew import outside_a_job
+from hpc.bench_sides import PHASES, WIDTH, Setup, Steps, median
 from hpc.hosts import Hosts
 
-RANKS = 2
 SETTLE = 2  # minibatches that bring memory back into the caches, and get a first delayed exchange under way
-CLASSES, WIDTH = 1000, 40
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "float32": {"name": "allreduce"},
-    "onebit": {"name": "onebit"},
-    "halves": {"name": "onebit", "double_buffering": True},
-}
-
-
-def recipe_of(folder: Path, way: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A recipe in which every rank has a split."""
-    return recipe_for(
-        folder / "data", folder / f"run-{way}-{batch}", splits=RANKS, device="cpu",
-        task={"layers": arguments.layers, "width": arguments.width},
-        data={"batch": batch, "split_frames": frames_for(batch, arguments)}, strategy=STRATEGIES[way],
-        optim={"name": "momentum", "learning_rate": 1e-4, "momentum": 0.9},
-    )
+CLASSES = 1000
+# A side's name in a plan.
+WAYS = {"float32": "float32", "onebit": "onebit", "onebit-db": "halves", "powersgd1": "powersgd1",
+        "powersgd4": "powersgd4"}
 
 
 def frames_for(batch: int, arguments: argparse.Namespace) -> int:
-    """Frames of data that no strategy uses up."""
-    return (arguments.rounds + 1) * (SETTLE + arguments.steps + 1) * batch
+    """Frames of data that no side uses up."""
+    return (WARM_UP + arguments.rounds * (SETTLE + arguments.steps) + 1) * batch
 
 
-def planned(hosts: Hosts, folder: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The plan for this batch between these hosts, as `trireme plan --json` gives it."""
-    path = folder / f"plan-{batch}.toml"
-    path.write_text(tomli_w.dumps(recipe_of(folder, "float32", batch, arguments)))
+def planned(setup: Setup, hosts: Hosts) -> dict[str, Any]:
+    """The plan for a batch between these hosts, as `trireme plan --json` gives it."""
+    path, strategy = setup.folder / "plan.toml", SIDES["float32"].strategy
+    assert strategy is not None
+    path.write_text(tomli_w.dumps(setup.recipe("plan", RANKS, strategy)))
     words = [sys.executable, "-m", "mpi4py", "-m", "hpc", "plan", str(path), "--nodes", str(RANKS), "--json"]
     command, variables = hosts.mpiexec([1] * RANKS, words)
     done = subprocess.run(command, env=outside_a_job() | variables, capture_output=True, text=True)
@@ -66,22 +56,14 @@ def planned(hosts: Hosts, folder: Path, batch: int, arguments: argparse.Namespac
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def trained(hosts: Hosts, folder: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Steps]:
-    """Minibatches by strategy, as `hpc.bench_sides` joins them over ranks, strategies in turns."""
-    taken: dict[str, Steps] = {way: [] for way in STRATEGIES}
+def trained(setup: Setup, arguments: argparse.Namespace) -> dict[str, Steps]:
+    """Minibatches by side, as `hpc.bench_sides` joins them over ranks, sides in turns."""
+    taken: dict[str, Steps] = {name: [] for name in WAYS}
     with ExitStack() as stack:
-        crews = {}
-        for way in STRATEGIES:
-            spec = {"recipe": recipe_of(folder, way, batch, arguments)}
-            name = f"{way}-{batch}-{hosts.link}"
-            crews[way] = stack.enter_context(
-                Crew(name, RANKS, "hpc.bench_worker", spec, folder=folder, hosts=hosts)
-            )
-        for round_ in range(arguments.rounds + 1):
-            for way in in_turns(round_, list(STRATEGIES)):
-                steps = joined(crews[way].take(SETTLE + arguments.steps))[SETTLE:]
-                if round_:  # the first only warms up
-                    taken[way] += steps
+        teams = {name: Team(name, setup, stack) for name in WAYS}
+        for round_ in range(arguments.rounds):
+            for name in in_turns(round_, list(WAYS)):
+                taken[name] += teams[name].take(SETTLE + arguments.steps)[SETTLE:]
     return taken
 
 
@@ -94,22 +76,30 @@ def records(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 with scratch() as folder:
                     make_data(folder / "data", frames_for(batch, arguments), width=WIDTH, classes=CLASSES)
                     say(f"batch {batch}, {link}: planning")
-                    plan = planned(hosts, folder, batch, arguments)
+                    setup = Setup(
+                        folder / "data", frames_for(batch, arguments), batch, arguments.layers, arguments.width,
+                        CLASSES, "sigmoid", folder, hosts,
+                    )
+                    plan = planned(setup, hosts)
                     say(f"batch {batch}, {link}: training")
-                    taken = trained(hosts, folder, batch, arguments)
+                    taken = trained(setup, arguments)
                 (row,) = plan["nodes"]
-                for way, steps in taken.items():
+                for side, steps in taken.items():
+                    way = WAYS[side]
                     predicted, timing = row[way]["step_s"], spread([step["seconds"] for step in steps])
                     record = {
-                        "batch": batch, "link": link, "strategy": way, "parameters": plan["parameters"],
+                        "batch": batch, "link": link, "strategy": side, "parameters": plan["parameters"],
                         "hosts": RANKS, "predicted_s": predicted, "measured_s": timing["median_s"],
                         "quartiles_s": timing["quartiles_s"], "repetitions": len(steps),
                         "error": predicted / timing["median_s"] - 1,
                         **{key: row[way][key] for key in ("compute_s", "work_s", "link_s", "not_hidden_s")},
-                        **{f"measured_{phase}_s": median(steps, phase) for phase in PHASES},
-                        "measured_bytes": median(steps, "reduce") + median(steps, "share"),
-                        "predicted_bytes": row[way]["bytes_to_owners"] + row[way]["bytes_back"],
                     }
+                    if "reduce" in steps[0]:  # torch's sides tell no more than seconds
+                        record |= {
+                            **{f"measured_{phase}_s": median(steps, phase) for phase in PHASES},
+                            "measured_bytes": median(steps, "reduce") + median(steps, "share"),
+                            "predicted_bytes": row[way]["bytes_to_owners"] + row[way]["bytes_back"],
+                        }
                     yield record | ({"plan": plan} if arguments.plans else {})
 
 

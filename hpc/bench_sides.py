@@ -52,13 +52,17 @@ class Setup:
 
     def trireme(self, name: str, ranks: int, splits: int, strategy: dict[str, Any], alone: bool = False) -> Crew:
         """Trireme's own loop; `alone`: its exchange is timed by itself, too, after every turn."""
+        spec = {"recipe": self.recipe(name, splits, strategy), "alone": alone}
+        return self._crew(name, ranks, "hpc.bench_worker", spec)
+
+    def recipe(self, name: str, splits: int, strategy: dict[str, Any]) -> dict[str, Any]:
+        """What that loop learns, as a recipe's tables."""
         model = {"context": CONTEXT, "layers": self.layers, "width": self.width, "activation": self.activation}
-        recipe = recipe_for(
+        return recipe_for(
             self.data, self.folder / name, splits=splits, **self._place(), task=model,
             data={"batch": self.batch, "split_frames": self.split_frames}, strategy=strategy,
             optim={"name": "momentum", "learning_rate": RATE, "momentum": MOMENTUM},
         )
-        return self._crew(name, ranks, "hpc.bench_worker", {"recipe": recipe, "alone": alone})
 
     def loops(self, name: str, ranks: int) -> Crew:
         """Plain torch loops at once, each on its share of the batch, that exchange nothing."""

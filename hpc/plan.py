@@ -1,7 +1,7 @@
 """`trireme plan`: how many nodes pay for a recipe, and whether 1-bit exchange or double buffering does.
 
-It measures a recipe's costs here, for a few seconds each (`plan_measure.py`), and computes steps on nodes that one may
-not have (`plan_model.py`). Source: paper 002, section 2.1, equations (3) and (4), and section 5.1.
+It measures a recipe's costs here, for a few seconds each (`planning/measure.py`), and computes steps on nodes that one
+may not have (`planning/model.py`). Source: paper 002, section 2.1, equations (3) and (4), and section 5.1.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from hpc.bench_crew import Crew
 from hpc.bench_options import bits_of, link, numbers, positive
 from hpc.build import registry
 from hpc.config import Recipe, RecipeError, load
-from hpc.plan_measure import measure
-from hpc.plan_model import Costs, Curve, Line, Link
-from hpc.plan_outlook import Outlook
-from hpc.plan_words import show, span, verdict
+from hpc.planning.measure import measure
+from hpc.planning.model import Costs, Curve, Line, Link
+from hpc.planning.outlook import Outlook
+from hpc.planning.words import show, span, verdict
 from hpc.quantities import amount, counted
 from hpc.shards import read_manifest
 
@@ -138,7 +138,7 @@ def _measured_alone(recipe: Recipe, comm: Comm, sizes: list[int], ranks: int, be
         if not between:
             return found
         spec = {"recipe": None, "floats": found["floats"]}
-    with scratch() as folder, Crew("plan", max(ranks, 2), "hpc.plan_measure", spec, folder=folder) as crew:
+    with scratch() as folder, Crew("plan", max(ranks, 2), "hpc.planning.measure", spec, folder=folder) as crew:
         told = crew.hello[0]["found"]
     return found | told if ranks == 1 else told
 
@@ -171,11 +171,12 @@ def _tell(arguments: argparse.Namespace, recipe: Recipe, nodes: list[int], ranks
 
 
 def _costs(values: dict[str, Any]) -> Costs:
-    """What `plan_measure` found."""
+    """What `planning/measure.py` found."""
     return Costs(
         Curve([(x, y) for x, y in values["forward"]]), Curve([(x, y) for x, y in values["backward"]]),
         [(int(start), float(share)) for start, share in values["final"]], values["quantize"],
-        Line(*values["post"]), Line(*values["post32"]), values["update"], values["contended"],
+        Line(*values["post"]), Line(*values["post32"]), values["update"], dict(values["low_rank"]),
+        values["contended"],
     )
 
 

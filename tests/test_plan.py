@@ -6,17 +6,21 @@ import json
 import math
 
 import pytest
+import torch
+import torch.distributed as dist
 from material import write_recipe
 from test_strategies import Problem
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from collectives.comm import Comm
 from collectives.exchange import LONG_NAP_S
 from collectives.layout import Layout
 from hpc.plan import seconds
-from hpc.plan_model import Costs, Curve, Line, Link, Setting, Step, falls_below, optimum, step_float32, step_onebit
-from hpc.plan_outlook import Outlook
-from hpc.plan_traffic import Traffic, float32_traffic, islands_of, packed_traffic
-from hpc.plan_words import bound, buffering, equation, in_bytes, packing, reach, span, verdict
+from hpc.planning.model import Costs, Curve, Line, Link, Setting, Step, falls_below, optimum, step_float32, step_onebit
+from hpc.planning.outlook import Outlook
+from hpc.planning.powersgd import LOW_RANKS, arithmetic, floats, step_powersgd
+from hpc.planning.traffic import Traffic, float32_traffic, islands_of, packed_traffic
+from hpc.planning.words import bound, buffering, equation, in_bytes, packing, reach, rivals, span, verdict
 from kernels.onebit import Columns
 
 MS, US = 1e-3, 1e-6
@@ -219,6 +223,72 @@ def test_what_stays_on_a_node_does_not_cross():
     assert float32_traffic(Layout(size, [[0, 1, 2, 3]], 4096), 4).total == 0
 
 
+# -- PowerSGD --------------------------------------------------------------------------------------------------------
+
+SHAPES = [(0, (40, 30)), (1200, (40,)), (1240, (5, 6)), (1270, (2, 3, 70)), (1690, ())]
+
+
+def test_powersgd_sums_what_torchs_hook_sums(tmp_path):
+    shapes = SHAPES[:-1]  # the hook cannot take a scalar
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape)) for _, shape in shapes])
+
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            return x * sum((part ** 2).sum() for part in self.parts)
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for rank in LOW_RANKS:
+            parallel = torch.nn.parallel.DistributedDataParallel(Sum(), bucket_cap_mb=1000)
+            state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+            parallel.register_comm_hook(state, powerSGD_hook)
+            for _ in range(4):
+                parallel(torch.ones(())).backward()
+            _, before, after = state.compression_stats()
+            assert after * sum(part.numel() for part in model) == before * sum(floats(shapes, rank)), rank
+    finally:
+        dist.destroy_process_group()
+
+
+def test_powersgds_arithmetic_is_a_thin_product_and_what_is_left():
+    for rank in LOW_RANKS:
+        gradient = torch.randn(1691, generator=torch.Generator().manual_seed(rank))
+        given = gradient.clone()
+        act = arithmetic(SHAPES, gradient, rank)
+        act()
+        first = gradient[:1200].view(40, 30)
+        assert torch.linalg.matrix_rank(first) == rank and torch.equal(gradient[1200:1240], given[1200:1240])
+        assert (first - given[:1200].view(40, 30)).norm() < given[:1200].norm()
+        twice = gradient.copy_(given).clone()
+        act()  # what was left is given again
+        assert not torch.allclose(gradient[:1200], twice[:1200])
+        assert torch.equal(gradient[1200:1240], given[1200:1240])
+
+
+def test_a_powersgd_step_is_all_of_its_parts():
+    link, setting = Link.of(1e6, 50 * US), Setting(4, 1, 8, 4000)
+    step = step_powersgd(costs(low_rank={1: 5 * MS}), link, SHAPES, 1, setting)
+    first, second = (40 + 40 + 5 + 2 * 210 + 1, 30 + 6)
+    assert floats(SHAPES, 1) == (first, second)
+    moving = 4 * 50 * US + sum(2 * (4 * count * 3 // 4) for count in (first, second)) / 1e6
+    work = 0.25 * MS + 5 * MS + 2.25 * MS
+    assert step.link == pytest.approx(moving) and step.work == pytest.approx(work)
+    assert step.seconds == pytest.approx(2 * 1.5 * MS + moving + work)
+    nothing = step_powersgd(costs(low_rank={1: 5 * MS}), link, SHAPES, 1, Setting(1, 1, 8, 4000))
+    assert nothing.link == 0
+
+
+@pytest.mark.parametrize(("seconds", "wins"), [(1 * MS, "PowerSGD is faster"), (5.0, "1-bit is faster")])
+def test_a_plan_says_whether_powersgd_would_be_faster(seconds, wins):
+    (said,) = rivals(outlook(1.25e6, low_rank={1: seconds, 4: 2 * seconds}), 4)
+    assert f"So {wins} on 4 nodes." in said and "of rank 1 " in said and "of rank 4 " in said
+    assert "is not in Trireme" in said
+
+
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +364,9 @@ def check_plan(plan, nodes):
             share = step["per_s"] / row["nodes"] / plan["alone_per_s"]
             assert step["efficiency"] == pytest.approx(share, rel=1e-3)
             assert (step["bytes_back"] > 0) == (row["nodes"] > 1)
+        for way in ("powersgd1", "powersgd4"):
+            assert row[way]["step_s"] > row[way]["compute_s"] > 0
+            assert (row[way]["bytes"] > 0) == (row["nodes"] > 1)
     assert all(math.isfinite(y) for _, y in plan["costs"]["forward"])
     shares = [share for _, share in plan["costs"]["final"]]
     assert len(shares) == 6 and all(0 <= share <= 1 for share in shares) and shares[0] > shares[-1]

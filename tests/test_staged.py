@@ -130,12 +130,21 @@ class Never(HostCopies):
 @pytest.mark.mpi(ranks=[3], timeout=120)
 def test_whole_strategies_learn_the_same_bits_through_staged_messages():
     world = Comm()
-    for options in ({}, {"clip_norm": 0.05, "bucket_mib": 1 / 256}, {"wire": "bfloat16"}, {"overlap": "off"},
-                    {"algorithm": "everyone", "clip_norm": 0.05}):
-        reference = Problem("allreduce", alone(), options=options).run(3).digest()
+
+    def learned(name, comm, options):
+        problem = Problem(name, comm, options=options).run(3)
+        problem.strategy.end()
+        return problem.digest()
+
+    for name, options in (
+        ("allreduce", {}), ("allreduce", {"clip_norm": 0.05, "bucket_mib": 1 / 256}),
+        ("allreduce", {"wire": "bfloat16"}), ("allreduce", {"overlap": "off"}),
+        ("allreduce", {"algorithm": "everyone", "clip_norm": 0.05}),
+        ("onebit", {"cold_start": 100.0}), ("onebit", {"double_buffering": True}),
+    ):
+        reference = learned(name, alone(), options)
         for islands, copies in (
             ([[0], [1], [2]], LateCopies), ([[0, 1], [2]], LateCopies), ([[0], [1, 2]], HostCopies)
         ):
             comm = staged_world(chunk=1024, copies=copies, islands=islands)
-            problem = Problem("allreduce", comm, options=options).run(3)
-            assert set(world.gather(problem.digest())) == {reference}, (options, islands)
+            assert set(world.gather(learned(name, comm, options))) == {reference}, (name, options, islands)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc.bench import rounded
+from hpc.bench import rounded, say
+from hpc.bench_crew import Crew
 from hpc.bench_options import bits_of
+from hpc.bench_sides import Setup, Steps, joined
 
 RANKS = 2  # one a host
 BURST_S = 0.002  # of its rate, a link which rested lets through at once
 RESTARTS = 3
+WARM_UP = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,37 @@ SIDES = {
     "powersgd1": Side("torch DDP, PowerSGD of rank 1", powersgd=1),
     "powersgd4": Side("torch DDP, PowerSGD of rank 4", powersgd=4),
 }
+
+
+class Team:
+    """A side's processes, started again where they ended by themselves (gloo's do, now and then)."""
+
+    def __init__(self, name: str, setup: Setup, stack: ExitStack):
+        self.name, self.setup, self.stack, self.starts = name, setup, stack, 0
+        self.crew: Crew | None = None
+
+    def take(self, steps: int) -> Steps:
+        while True:
+            try:
+                self.crew = self.crew or self._start()
+                return joined(self.crew.take(steps))
+            except OSError as error:
+                if self.starts > RESTARTS:
+                    raise
+                say(f"{self.name} is started again: {error}")
+                self.crew = None
+
+    def _start(self) -> Crew:
+        side, label = SIDES[self.name], f"{self.name}-{self.starts}"
+        self.starts += 1
+        if side.strategy is None:
+            crew = self.setup.ddp(label, RANKS, side.powersgd)
+        else:
+            crew = self.setup.trireme(label, RANKS, RANKS, side.strategy)
+        self.stack.enter_context(crew)
+        self.parameters = crew.hello[0]["parameters"]
+        crew.take(WARM_UP)
+        return crew
 
 
 def burst_kib(link: str) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 from collectives.choice import BUCKETS
 from collectives.layout import Layout
-from hpc.plan_model import Costs, Link, Optimum, Setting, Step, falls_below, optimum, step_float32, step_onebit
-from hpc.plan_traffic import Traffic, float32_traffic, islands_of, packed_traffic
+from hpc.planning.model import Costs, Link, Optimum, Setting, Step, falls_below, optimum, step_float32, step_onebit
+from hpc.planning.powersgd import floats, step_powersgd, summed
+from hpc.planning.traffic import Traffic, float32_traffic, islands_of, packed_traffic
 from kernels.onebit import Columns
 
 WAYS = {"float32": "float32", "onebit": "1-bit", "halves": "1-bit, double buffering"}
@@ -40,7 +41,8 @@ class Outlook:
         overlap: bool = True, deferred: bool = False,
     ):
         self.costs, self.link, self.size, self.ranks = costs, link, size, ranks
-        self.columns = Columns.of([(start, tuple(shape)) for start, shape in shapes])
+        self.shapes = [(start, tuple(shape)) for start, shape in shapes]
+        self.columns = Columns.of(self.shapes)
         self.batch, self.counted, self.splits, self.wire = batch, counted, splits, wire
         self.bucket, self.how = (bucket or BUCKETS[0]) // 4, {"overlap": overlap, "deferred": deferred}
         self.steps = lru_cache(maxsize=None)(self._steps)
@@ -71,6 +73,15 @@ class Outlook:
         if self.fits(nodes, 2):
             found["halves"] = step_onebit(self.costs, self.link, packed, setting, 2)
         return found
+
+    def powersgd(self, nodes: int) -> dict[int, Step]:
+        """What a minibatch would take with PowerSGD, by its rank."""
+        setting = self.setting(nodes)
+        return {r: step_powersgd(self.costs, self.link, self.shapes, r, setting) for r in self.costs.low_rank}
+
+    def powersgd_bytes(self, nodes: int, rank: int) -> int:
+        """What leaves a node for it."""
+        return sum(summed(count, nodes).total for count in floats(self.shapes, rank))
 
     @cached_property
     def alone(self) -> float:
@@ -136,5 +147,11 @@ class Outlook:
                 "not_hidden_s": step.visible, "per_s": self.speed(nodes, way),
                 "efficiency": self.efficiency(nodes, way), "bytes_to_owners": turns * traffic.reduce,
                 "bytes_back": turns * traffic.share,
+            }
+        for rank, step in self.powersgd(nodes).items():
+            row[f"powersgd{rank}"] = {
+                "step_s": step.seconds, "compute_s": step.compute, "work_s": step.work, "link_s": step.link,
+                "not_hidden_s": step.visible, "per_s": self.batch * self.counted / step.seconds,
+                "bytes": self.powersgd_bytes(nodes, rank),
             }
         return row

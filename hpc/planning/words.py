@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hpc.plan_model import Optimum, Step
-from hpc.plan_outlook import WAYS, Outlook
+from hpc.planning.model import Optimum, Step
+from hpc.planning.outlook import WAYS, Outlook
 from hpc.quantities import amount, counted, percent
 
 WORTH = 1.05  # times as fast: what is less says nothing
@@ -48,7 +48,7 @@ def verdict(outlook: Outlook, nodes: Sequence[int]) -> list[str]:
     steps = outlook.steps(at)
     return [
         packing({k: outlook.steps(k) for k in several}, at), *([buffering(steps, at)] if "halves" in steps else []),
-        bound(steps, at), reach(at if useful else 0, best[at], max(several)),
+        bound(steps, at), reach(at if useful else 0, best[at], max(several)), *rivals(outlook, at),
     ]
 
 
@@ -115,6 +115,23 @@ def reach(at: int, efficiency: float, most: int) -> str:
     return f"Up to {counted(at, 'node')} at least half of their time is of use ({percent(efficiency)} there){further}."
 
 
+def rivals(outlook: Outlook, at: int) -> list[str]:
+    """Whether PowerSGD would be faster than 1-bit."""
+    steps, packed = outlook.steps(at), outlook.traffic(at)[1]
+    way = quickest(steps)
+    times = {rank: steps[way].seconds / step.seconds for rank, step in outlook.powersgd(at).items()}
+    if not times:
+        return []
+    sent = in_bytes(packed.total * (2 if way == "halves" else 1))
+    said = [f"of rank {r} {times[r]:.2f} times as fast, {in_bytes(outlook.powersgd_bytes(at, r))}" for r in times]
+    best = max(times.values())
+    wins = "PowerSGD is faster" if best >= WORTH else "1-bit is faster" if best * WORTH <= 1 else "neither is faster"
+    return [
+        f"Beside {WAYS[way]} ({sent} a node and minibatch), PowerSGD, which is not in Trireme and learns otherwise "
+        f"(docs/1bit.md), would be: {'; '.join(said)}. So {wins} on {at} nodes."
+    ]
+
+
 # -- the screen -------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +149,7 @@ def equation(found: Optimum) -> str:
 def show(outlook: Outlook, nodes: Sequence[int], about: dict[str, Any], title: str, notes: Sequence[str]) -> None:
     """Print the screen.
 
-    about  what was measured (`plan_measure`)
+    about  what was measured (`planning/measure.py`)
     notes  lines of small print above the tables
     """
     console = Console(highlight=False)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
 from collectives.exchange import LONG_NAP_S
-from hpc.plan_traffic import Traffic
+from hpc.planning.traffic import Traffic
 
 MOST_NODES = 1024  # farther than that nobody looks for where efficiency falls
 
@@ -65,6 +65,7 @@ class Costs:
     post      of an owner, 1-bit: N packed rows added up, the rule, the change of the weights, packed
     post32    of an owner, float32: partial sums added up, the rule
     update    what landed added to the whole model
+    low_rank  PowerSGD's arithmetic on a whole gradient, by its rank
     contended whether what exchanges takes its time from what computes: no core of its own, or on a GPU
     """
 
@@ -75,6 +76,7 @@ class Costs:
     post: Line
     post32: Line
     update: float
+    low_rank: Mapping[int, float] = field(default_factory=dict)
     contended: bool = False
 
     def compute(self, items: float) -> float:
@@ -85,7 +87,8 @@ class Costs:
         return replace(
             self, forward=self.forward.scaled(1 / compute), backward=self.backward.scaled(1 / compute),
             quantize=self.quantize / memory, post=self.post.scaled(1 / memory), post32=self.post32.scaled(1 / memory),
-            update=self.update / memory, contended=True,
+            update=self.update / memory, low_rank={rank: took / memory for rank, took in self.low_rank.items()},
+            contended=True,
         )
 
 

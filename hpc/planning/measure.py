@@ -4,7 +4,7 @@ The recipe's own task and model compute on batches of its own data; what quantiz
 own code, on this rank's own gradients. All ranks that are there measure at once, for they share a node's memory and
 its link; the slowest counts.
 
-Started as `python -m mpi4py -m hpc.plan_measure SPEC` it is a rank that measures for a driver (`bench_crew.py`).
+Started as `python -m mpi4py -m hpc.planning.measure SPEC` it is a rank that measures for a driver (`bench_crew.py`).
 
 Legend: P floats of the flat buffer, N splits.
 """
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ from hpc.build import make_model, make_task, registry
 from hpc.config import Recipe, options, resolve
 from hpc.everywhere import made_everywhere
 from hpc.flat import Flat
-from hpc.plan_link import beside, measure_link, message_seconds
+from hpc.planning.link import beside, measure_link, message_seconds
+from hpc.planning.powersgd import LOW_RANKS, arithmetic
 from hpc.runtime import Device
 from hpc.shards import Dataset, read_manifest
 from kernels.window import ADD, TreeSum
@@ -125,29 +127,40 @@ class Learner:
         return Taken(middle - began, end - middle, count, [(at - middle) / (end - middle) for at in self.moments])
 
 
-def repeated(comm: Comm, act: Callable[[], Any]) -> list[Any]:
-    """What `act` returned, time after time, all ranks at once; after two times that only settle (collective)."""
+def nothing() -> None:
+    pass
+
+
+def repeated(comm: Comm, act: Callable[[], Any], before: Callable[[], object] = nothing) -> list[Any]:
+    """What `act` returned, time after time, all ranks at once, each after `before`; after two times that only settle
+    (collective)."""
+    before()
     act()
     comm.barrier()
     began = time.perf_counter()
+    before()
     act()
     once = max(comm.gather(time.perf_counter() - began))
     found = []
     for _ in range(max(LEAST, min(MOST, int(BUDGET_S / max(once, 1e-9))))):
+        before()
         comm.barrier()
         found.append(act())
     return found
 
 
-def seconds_of(comm: Comm, learner: Learner, act: Callable[[], object]) -> float:
-    """The median over repetitions of the slowest rank's seconds (collective)."""
+def seconds_of(comm: Comm, learner: Learner, act: Callable[[], object], before: Callable[[], object]) -> float:
+    """The median over repetitions of the slowest rank's seconds (collective).
+
+    before  what a step does first, untimed: it leaves little in the caches of what `act` goes through
+    """
 
     def once() -> float:
         began = learner.settle()
         act()
         return learner.settle() - began
 
-    everyone = comm.gather(repeated(comm, once))
+    everyone = comm.gather(repeated(comm, once, before))
     return statistics.median(max(times) for times in zip(*everyone, strict=True))
 
 
@@ -188,11 +201,14 @@ def measure_packed(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]
     strategy.lenient, strategy.rate = True, Rate(SMALL_RATE, 1)
     batches, _ = learner.batches(learner.whole(16))
     strategy.span(1)
-    strategy.enter(0)
-    total, count, _ = learner.task.loss(learner.model, next(batches)(), None)
-    total.backward()
-    strategy.step(0, count)
-    quantize = seconds_of(comm, learner, lambda: strategy.leave(0))
+
+    def learned() -> None:
+        strategy.enter(0)
+        total, count, _ = learner.task.loss(learner.model, next(batches)(), None)
+        total.backward()
+        strategy.step(0, count)
+
+    quantize = seconds_of(comm, learner, lambda: strategy.leave(0), learned)
     strategy.advance(1)
     exchange = strategy.exchange
 
@@ -205,11 +221,11 @@ def measure_packed(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]
         for block, row in exchange.landed():
             exchange.codec.add_(flat.weights[block.low : block.high], row, block.columns, fresh=False)
 
-    times = {n: seconds_of(comm, learner, lambda: post(exchange.incoming.repeat(n, 1))) for n in ROWS}  # noqa: B023
-    copies = {n: seconds_of(comm, learner, lambda: exchange.incoming.repeat(n, 1)) for n in ROWS}  # noqa: B023
-    line = fitted({n: times[n] - copies[n] for n in ROWS})
+    packed = {n: partial(post, exchange.incoming.repeat(n, 1)) for n in ROWS}
+    line = fitted({n: seconds_of(comm, learner, act, learned) for n, act in packed.items()})
+    updating = seconds_of(comm, learner, update, learned)
     flat.bind_grads(learner.gradient)
-    return {"quantize": quantize, "post": line, "update": seconds_of(comm, learner, update)}
+    return {"quantize": quantize, "post": line, "update": updating}
 
 
 def measure_float32(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]:
@@ -220,6 +236,10 @@ def measure_float32(comm: Comm, learner: Learner, batch: float) -> dict[str, Any
     other, block = learner.zeros(flat.size), BLOCK if learner.device.torch.type == "cpu" else flat.size
     out, rate = learner.zeros(min(block, flat.size)), Rate(SMALL_RATE, 1)
     cuts = [slice(low, min(low + block, flat.size)) for low in range(0, flat.size, block)]
+    batches, _ = learner.batches(learner.whole(16))
+
+    def learned() -> None:
+        learner.learn(next(batches))
 
     def work(rows: int) -> Callable[[], None]:
         program = [0, *(step for row in range(1, rows) for step in (row, ADD))]
@@ -233,7 +253,17 @@ def measure_float32(comm: Comm, learner: Learner, batch: float) -> dict[str, Any
 
         return act
 
-    return {"post32": fitted({rows: seconds_of(comm, learner, work(rows)) for rows in ROWS})}
+    return {"post32": fitted({rows: seconds_of(comm, learner, work(rows), learned) for rows in ROWS})}
+
+
+def measure_low_rank(comm: Comm, learner: Learner) -> dict[str, Any]:
+    """PowerSGD's arithmetic, as pairs of its rank and seconds (collective)."""
+    batches, _ = learner.batches(learner.whole(16))
+    found = []
+    for rank in LOW_RANKS:
+        act = arithmetic(learner.flat.shapes, learner.gradient, rank)
+        found.append((rank, seconds_of(comm, learner, act, lambda: learner.learn(next(batches)))))
+    return {"low_rank": found}
 
 
 def fitted(times: dict[int, float]) -> list[float]:
@@ -256,6 +286,7 @@ def measure(recipe: Recipe, comm: Comm, sizes: Sequence[int], link: bool) -> dic
     compute = measure_compute(comm, learner, sizes)
     batch = recipe.data.batch * compute["counted"]
     costs = compute | measure_packed(comm, learner, batch) | measure_float32(comm, learner, batch)
+    costs |= measure_low_rank(comm, learner)
     cores = len(os.sched_getaffinity(0)) // comm.local_size
     costs["contended"] = learner.device.torch.type == "cuda" or cores <= recipe.threads
     found: dict[str, Any] = {

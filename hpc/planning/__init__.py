@@ -1,0 +1,1 @@
+"""What `trireme plan` is made of: costs, measured and modelled."""
