@@ -39,6 +39,7 @@ from typing import Any
 
 from onebit.an4 import RECIPE, ROOT, schedule, toml
 
+from hpc.bench_options import numbers
 from hpc.records import read_records
 from hpc.report_picture import LIGHT, dress, new_figure, png
 from hpc.shards import read_manifest
@@ -382,22 +383,13 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def numbers(text: str) -> list[int]:
-    """ "1-5" or "1,2,4" as numbers."""
-    found: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.partition("-")
-        found += range(int(low), int(high or low) + 1)
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "an4", help="prepared AN4: train, validation")
     parser.add_argument("--tables", type=numbers, default=[2, 3])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--rows", default=",".join(ROWS), help="of those tables (default: all)")
-    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3, 4, 5], metavar="1-5")
+    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3, 4, 5], metavar="1,2,3")
     parser.add_argument("--tune", action="store_true", help="search the learning rates, with the tuning seed")
     parser.add_argument("--tuning-seed", type=int, default=1, help="whose runs say which rate is best, for all seeds")
     parser.add_argument("--rates", help="run at these rates, whatever is best")

@@ -36,9 +36,10 @@ OBEY = """trap 'for again in 1 2 3; do for p in /proc/[0-9]*; do
   [ $p/ns/net -ef /proc/$$/ns/net ] && [ $p != /proc/$$ ] && kill -9 ${p#/proc/}; done; done 2>/dev/null' EXIT"""
 BASE = """mount -t tmpfs tmpfs /dev/shm && echo %s >/proc/sys/kernel/hostname && printf '%%b' '%s' >/dev/shm/known &&
 mount --bind /dev/shm/known /etc/hosts && rm /dev/shm/known && ip link set lo up"""
-PLUG = """ip link add %s type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
+# Packets smaller than any burst: those that are larger tbf cuts into frames, one by one, with the cores that compute.
+PLUG = """ip link add %s gso_max_size 30000 type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
 echo %d >/dev/shm/%s.pid && echo %s >/dev/shm/%s.cores"""
-UP = "ip address add %s/24 dev eth0 && ip link set eth0 up"
+UP = "ip address add %s/24 dev eth0 && ip link set eth0 gso_max_size 30000 up"
 THROTTLE = "tc qdisc replace dev %s root tbf rate %s burst %dkb latency 50ms"
 BURST_KIB = 256
 # What `ssh` is to a cluster: options, host, words for a shell. From a host that is cut off, no end is heard of.
