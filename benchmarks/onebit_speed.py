@@ -34,6 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from onebit.an4 import ROOT
 from onebit.race import Race, race_setup
 from onebit.sides import RANKS, SIDES, WARM_UP, Lines, Team, burst_kib
 from onebit.tables import draw, markdown
@@ -43,18 +44,12 @@ from hpc.bench_options import link as rate_of_a_link
 from hpc.bench_options import numbers, positive
 from hpc.bench_sides import CONTEXT, PHASES, WIDTH, Setup, Steps, median
 from hpc.hosts import Hosts, missing_rights
-from hpc.planning.powersgd import floats
+from hpc.planning.powersgd import summed, sums_of
 
-ROOT = Path(__file__).parents[1]
 SETTLE = 1  # steps
 MOST = 8  # steps of a turn, and at most so many frames of them, or one step:
 MOST_FRAMES = 4096
 LEAST_ROUNDS = 5
-
-
-def formula(count: int) -> float:
-    """Bytes that each of RANKS ranks sends for a ring's sum of so many floats."""
-    return 2 * (RANKS - 1) / RANKS * 4 * count
 
 
 def shapes(setup: Setup) -> list[tuple[int, Sequence[int]]]:
@@ -140,8 +135,8 @@ def told(name: str, link: str, batch: int, parameters: int, turns: list[Steps], 
     steps, side = [step for taken in turns for step in taken], SIDES[name]
     timing = spread([step["seconds"] for step in steps])
     if side.strategy is None:
-        summed = sum(floats(shapes(setup), side.powersgd)) if side.powersgd else parameters
-        own: dict[str, Any] = {"bytes": formula(summed), "bytes_by": "formula"}
+        count = sum(sums_of(shapes(setup), side.powersgd)) if side.powersgd else parameters
+        own: dict[str, Any] = {"bytes": summed(count, RANKS).total, "bytes_by": "formula"}
     else:
         ways = {f"{way}_bytes": median(steps, way) for way in ("reduce", "share")}
         own = {"bytes": sum(ways.values()), "bytes_by": "counted", **ways}

@@ -50,7 +50,7 @@ class Wait(NamedTuple):
 def rest(quiet_s: float, patient: bool = False) -> None:
     """Before looking again: give the processor to whom is waited for.
 
-    quiet_s  seconds since something last came
+    quiet_s  for how long nothing came, or it has waited
     patient  whether the core is needed by another thread of this rank
     """
     if patient:
@@ -210,6 +210,7 @@ class Exchange(Turn):
         return lost
 
     def _rest(self, quiet_s: float) -> None:
+        """Sleep until a flag is raised, where that is what is waited for; else `rest`."""
         first = next((run for run in self._runs if run.wait is not HELD), None)
         if first is not None and len(self.comm.islands) == 1:
             first.wait.over(LOOK_S)  # only flags can be waited for: sleep until that one is raised

@@ -140,7 +140,7 @@ def test_whole_strategies_learn_the_same_bits_through_staged_messages():
         ("allreduce", {}), ("allreduce", {"clip_norm": 0.05, "bucket_mib": 1 / 256}),
         ("allreduce", {"wire": "bfloat16"}), ("allreduce", {"overlap": "off"}),
         ("allreduce", {"algorithm": "everyone", "clip_norm": 0.05}),
-        ("onebit", {"cold_start": 100.0}), ("onebit", {"double_buffering": True}),
+        ("1-bit", {"cold_start": 100.0}), ("1-bit", {"double_buffering": True}),
     ):
         reference = learned(name, alone(), options)
         for islands, copies in (

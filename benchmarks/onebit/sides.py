@@ -1,4 +1,4 @@
-"""Whom `onebit_speed.py` compares, where, and the JSON lines that it writes."""
+"""Whom `onebit_speed.py` and `plan.py` compare, where, and the JSON lines that are written."""
 
 from __future__ import annotations
 

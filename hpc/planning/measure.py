@@ -35,7 +35,7 @@ from hpc.config import Recipe, options, resolve
 from hpc.everywhere import made_everywhere
 from hpc.flat import Flat
 from hpc.planning.link import beside, measure_link, message_seconds
-from hpc.planning.powersgd import LOW_RANKS, arithmetic
+from hpc.planning.powersgd import LOW_RANKS, Arithmetic
 from hpc.runtime import Device
 from hpc.shards import Dataset, read_manifest
 from kernels.window import ADD, TreeSum
@@ -204,7 +204,8 @@ def measure_packed(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]
 
     def learned() -> None:
         strategy.enter(0)
-        total, count, _ = learner.task.loss(learner.model, next(batches)(), None)
+        with learner.device.autocast():
+            total, count, _ = learner.task.loss(learner.model, next(batches)(), None)
         total.backward()
         strategy.step(0, count)
 
@@ -223,9 +224,7 @@ def measure_packed(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]
 
     packed = {n: partial(post, exchange.incoming.repeat(n, 1)) for n in ROWS}
     line = fitted({n: seconds_of(comm, learner, act, learned) for n, act in packed.items()})
-    updating = seconds_of(comm, learner, update, learned)
-    flat.bind_grads(learner.gradient)
-    return {"quantize": quantize, "post": line, "update": updating}
+    return {"quantize": quantize, "post": line, "update": seconds_of(comm, learner, update, learned)}
 
 
 def measure_float32(comm: Comm, learner: Learner, batch: float) -> dict[str, Any]:
@@ -257,11 +256,11 @@ def measure_float32(comm: Comm, learner: Learner, batch: float) -> dict[str, Any
 
 
 def measure_low_rank(comm: Comm, learner: Learner) -> dict[str, Any]:
-    """PowerSGD's arithmetic, as pairs of its rank and seconds (collective)."""
+    """PowerSGD's arithmetic and torch's update, as pairs of its rank and seconds (collective)."""
     batches, _ = learner.batches(learner.whole(16))
     found = []
     for rank in LOW_RANKS:
-        act = arithmetic(learner.flat.shapes, learner.gradient, rank)
+        act = Arithmetic(learner.flat.shapes, learner.gradient, rank)
         found.append((rank, seconds_of(comm, learner, act, lambda: learner.learn(next(batches)))))
     return {"low_rank": found}
 

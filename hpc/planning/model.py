@@ -65,7 +65,7 @@ class Costs:
     post      of an owner, 1-bit: N packed rows added up, the rule, the change of the weights, packed
     post32    of an owner, float32: partial sums added up, the rule
     update    what landed added to the whole model
-    low_rank  PowerSGD's arithmetic on a whole gradient, by its rank
+    low_rank  PowerSGD's arithmetic on a whole gradient, and torch's update, by its rank
     contended whether what exchanges takes its time from what computes: no core of its own, or on a GPU
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 from collectives.choice import BUCKETS
 from collectives.layout import Layout
 from hpc.planning.model import Costs, Link, Optimum, Setting, Step, falls_below, optimum, step_float32, step_onebit
-from hpc.planning.powersgd import floats, step_powersgd, summed
+from hpc.planning.powersgd import step_powersgd, summed, sums_of
 from hpc.planning.traffic import Traffic, float32_traffic, islands_of, packed_traffic
 from kernels.onebit import Columns
 
@@ -81,7 +81,7 @@ class Outlook:
 
     def powersgd_bytes(self, nodes: int, rank: int) -> int:
         """What leaves a node for it."""
-        return sum(summed(count, nodes).total for count in floats(self.shapes, rank))
+        return sum(summed(count, nodes).total for count in sums_of(self.shapes, rank))
 
     @cached_property
     def alone(self) -> float:

@@ -48,7 +48,7 @@ def verdict(outlook: Outlook, nodes: Sequence[int]) -> list[str]:
     steps = outlook.steps(at)
     return [
         packing({k: outlook.steps(k) for k in several}, at), *([buffering(steps, at)] if "halves" in steps else []),
-        bound(steps, at), reach(at if useful else 0, best[at], max(several)), *rivals(outlook, at),
+        bound(steps, at), reach(at if useful else 0, best[at], max(several)), *rivals(outlook, several, at),
     ]
 
 
@@ -115,21 +115,29 @@ def reach(at: int, efficiency: float, most: int) -> str:
     return f"Up to {counted(at, 'node')} at least half of their time is of use ({percent(efficiency)} there){further}."
 
 
-def rivals(outlook: Outlook, at: int) -> list[str]:
-    """Whether PowerSGD would be faster than 1-bit."""
-    steps, packed = outlook.steps(at), outlook.traffic(at)[1]
-    way = quickest(steps)
-    times = {rank: steps[way].seconds / step.seconds for rank, step in outlook.powersgd(at).items()}
-    if not times:
+def rivals(outlook: Outlook, nodes: Sequence[int], at: int) -> list[str]:
+    """Where PowerSGD would be faster than the quickest way, and by how much; `at`: the nodes that count most."""
+    if not outlook.costs.low_rank:
         return []
-    sent = in_bytes(packed.total * (2 if way == "halves" else 1))
-    said = [f"of rank {r} {times[r]:.2f} times as fast, {in_bytes(outlook.powersgd_bytes(at, r))}" for r in times]
-    best = max(times.values())
-    wins = "PowerSGD is faster" if best >= WORTH else "1-bit is faster" if best * WORTH <= 1 else "neither is faster"
+    times = {k: _times(outlook, k) for k in nodes}
+    found = [f"of rank {r} {gain:.2f} ({in_bytes(outlook.powersgd_bytes(at, r))})" for r, gain in times[at].items()]
+    best = {k: max(gains.values()) for k, gains in times.items()}
+    places = {
+        "faster": [k for k in nodes if best[k] >= WORTH], "slower": [k for k in nodes if best[k] * WORTH <= 1],
+        "as fast": [k for k in nodes if 1 / WORTH < best[k] < WORTH],
+    }
+    where = "; ".join(f"{how} on {', '.join(map(str, held))}" for how, held in places.items() if held)
     return [
-        f"Beside {WAYS[way]} ({sent} a node and minibatch), PowerSGD, which is not in Trireme and learns otherwise "
-        f"(docs/1bit.md), would be: {'; '.join(said)}. So {wins} on {at} nodes."
+        f"PowerSGD by torch's DDP, which learns otherwise (docs/1bit.md), would be so many times as fast as the "
+        f"quickest of these on {at} nodes: {', '.join(found)}. It would be {where} nodes."
     ]
+
+
+def _times(outlook: Outlook, nodes: int) -> dict[int, float]:
+    """How many times as fast PowerSGD is as the quickest way, by its rank."""
+    steps = outlook.steps(nodes)
+    ours = steps[quickest(steps, tuple(WAYS))].seconds
+    return {rank: ours / step.seconds for rank, step in outlook.powersgd(nodes).items()}
 
 
 # -- the screen -------------------------------------------------------------------------------------------------------
