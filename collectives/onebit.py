@@ -5,7 +5,8 @@ order, apply the update rule (AdaGrad, momentum), quantize what the weights are 
 own, and send that to all ranks, which add it to their weights (`packed.py`). Source: paper 002, sections 2.2 to 4.
 
 Departures. What the owner quantizes is the rule's change of the weights, learning rate included: a residual of it
-then means the same before and after the rate is changed. Columns are rows of what torch stores (`kernels/onebit.py`).
+then means the same before and after the rate is changed. Columns are rows of what torch stores, and vectors cross
+exactly (`kernels/onebit.py`).
 The cold start exchanges float32 on all ranks; the paper's runs on one node, which learns the same.
 
 Legend: P floats of the flat buffer, S floats that this rank owns, N splits.

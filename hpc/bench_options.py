@@ -37,7 +37,7 @@ SRU_EXAMPLES = """examples:
 The package `sru` is measured too where it is installed (pip install sru).
 """
 ONEBIT_EXAMPLES = """examples:
-  trireme bench onebit                                 a matrix, a long vector, small columns: some minutes
+  trireme bench onebit                                 a matrix, one long column, small ones: some minutes
   trireme bench onebit --sizes 2048x2048 --threads 1 --rounds 31 --out onebit.jsonl
   trireme bench onebit --sizes 128x1024 --mib 0        one set of arrays, which stays in the caches
 """

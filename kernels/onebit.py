@@ -44,7 +44,7 @@ WARPS = 1 << 16  # unless that would take more warps than this
 
 @dataclass(frozen=True)
 class Run:
-    """Columns of one width that lie one behind the other: a matrix, or a part of its rows.
+    """Columns of one width that lie one behind the other: a matrix, or a part of its rows; of a vector all values.
 
     start  the first float of the first column
     rows   how many columns
@@ -80,7 +80,7 @@ class Columns:
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, Sequence[int]]]) -> Columns:
-        """The columns of parameters, given as (first float, shape): what lies behind the first dimension.
+        """The columns of parameters, given as (first float, shape): rows of matrices, single values of vectors.
 
         >>> Columns.of([(0, (3, 40)), (128, (3,))]).runs
         [Run(start=0, rows=3, width=40), Run(start=128, rows=3, width=1)]
