@@ -20,7 +20,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -30,7 +30,7 @@ from collectives.exchange import LOOK_S, rest
 from collectives.lane import lane_of
 from collectives.message import Message
 from kernels import onebit
-from kernels.onebit import Columns
+from kernels.onebit import LANES, Columns
 
 BLOCK = 1 << 17  # floats, about, that a CPU makes an update of at a time: they stay in the cache from step to step
 
@@ -111,12 +111,14 @@ class Part:
 
 
 def cut_parts(columns: Columns, size: int, ranks: int, codec: Codec, block: int = BLOCK) -> list[Part]:
-    """Every rank's part of the columns of [P], about equal in floats; together they are [0, P).
+    """Every rank's part of the columns of [P], together [0, P): the same for every codec, about equal in what is sent
+    of them at a bit a value, where a vector's values take most.
 
     block  floats of a block, about
     """
     starts = [0, *columns.starts[1:], size]
-    edges = _edges(starts, 0, len(starts) - 1, ranks)
+    int32s = [0, *accumulate(2 + -(-width // LANES) for width in columns.widths)]
+    edges = _edges(int32s, 0, len(starts) - 1, ranks)
     parts = []
     for first, last in pairwise(edges):
         pieces = max(1, (starts[last] - starts[first]) // block)
@@ -133,10 +135,10 @@ def cut_parts(columns: Columns, size: int, ranks: int, codec: Codec, block: int 
     return parts
 
 
-def _edges(starts: Sequence[int], first: int, last: int, parts: int) -> list[int]:
-    """Columns [first, last) in so many runs, as even in floats as their edges allow."""
-    low, high = starts[first], starts[last]
-    inner = [bisect_left(starts, low + (high - low) * k // parts, first, last) for k in range(1, parts)]
+def _edges(marks: Sequence[int], first: int, last: int, parts: int) -> list[int]:
+    """Columns [first, last) in so many runs, as even in what is before their edges as these allow."""
+    low, high = marks[first], marks[last]
+    inner = [bisect_left(marks, low + (high - low) * k // parts, first, last) for k in range(1, parts)]
     return [first, *inner, last]
 
 

@@ -268,6 +268,9 @@ def test_parts_cover_everything_in_whole_columns_and_evenly():
     columns = Columns.of([(0, (300, 440)), (132096, (300,)), (132416, (132, 300)), (172032, (132,))])
     size = 169 * 1024
     for ranks in (1, 2, 3, 5, 8, 700):
+        sent = [part.packed - len(part.blocks) for part in cut_parts(columns, size, ranks, OneBit())]
+        assert sum(sent) == columns.packed - 1 and max(sent) <= sum(sent) / ranks + 2 * 16  # int32 of a column at most
+        edges = set()
         for codec in (OneBit(), Float32()):
             parts = cut_parts(columns, size, ranks, codec, block=20000)
             assert len(parts) == ranks and parts[0].low == 0 and parts[-1].high == size
@@ -277,8 +280,9 @@ def test_parts_cover_everything_in_whole_columns_and_evenly():
             starts = [block.low + start for block in blocks for start in block.columns.starts]
             assert starts == columns.starts
             assert all(part.packed == sum(b.last - b.first for b in part.blocks) for part in parts)
-            assert max(part.high - part.low for part in parts) <= size / ranks + 2 * 440 + 1024
             assert ranks > 5 or max(b.high - b.low for b in blocks) < 45000
+            edges.add(tuple(part.low for part in parts))
+        assert len(edges) == 1, "owners stay when a cold start ends"
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
