@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onebit.an4 import RECIPE, ROOT, schedule, toml
+from onebit.an4 import RECIPE, ROOT, rate_of_best, schedule, spread, toml
 
 from hpc.bench_options import numbers
 from hpc.records import read_records
@@ -221,8 +221,7 @@ class Bench:
 
 def best_rate(records: Iterable[dict[str, Any]]) -> float | None:
     """The rate of the best held-out accuracy, among runs that did not diverge."""
-    good = [r for r in records if not r["diverged"]]
-    return max(good, key=lambda r: r["held_out"])["rate"] if good else None
+    return rate_of_best((r["rate"], r["held_out"]) for r in records if not r["diverged"])
 
 
 def trireme(*words: object) -> tuple[int, float, str]:
@@ -263,14 +262,6 @@ def chosen(bench: Bench, row: Row, network: str) -> list[dict[str, Any]]:
         rate = best_rate(tuned)
         rates = [rate if rate is not None else min((r["rate"] for r in tuned), default=row.rates[network])]
     return sorted((r for r in bench.of(row, network) if r["rate"] == rates[0]), key=lambda r: r["seed"])
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean and sample deviation of fractions, in percent."""
-    if not values:
-        return "–"
-    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):{sign}.2f}{deviation}"
 
 
 def listed(records: list[dict[str, Any]], name: str) -> str:

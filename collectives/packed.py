@@ -117,8 +117,8 @@ def cut_parts(columns: Columns, size: int, ranks: int, codec: Codec, block: int 
     block  floats of a block, about
     """
     starts = [0, *columns.starts[1:], size]
-    int32s = [0, *accumulate(2 + -(-width // LANES) for width in columns.widths)]
-    edges = _edges(int32s, 0, len(starts) - 1, ranks)
+    packed = [0, *accumulate(2 + -(-width // LANES) for width in columns.widths)]
+    edges = _edges(packed, 0, len(starts) - 1, ranks)
     parts = []
     for first, last in pairwise(edges):
         pieces = max(1, (starts[last] - starts[first]) // block)

@@ -36,10 +36,11 @@ OBEY = """trap 'for again in 1 2 3; do for p in /proc/[0-9]*; do
   [ $p/ns/net -ef /proc/$$/ns/net ] && [ $p != /proc/$$ ] && kill -9 ${p#/proc/}; done; done 2>/dev/null' EXIT"""
 BASE = """mount -t tmpfs tmpfs /dev/shm && echo %s >/proc/sys/kernel/hostname && printf '%%b' '%s' >/dev/shm/known &&
 mount --bind /dev/shm/known /etc/hosts && rm /dev/shm/known && ip link set lo up"""
-# Packets smaller than any burst: those that are larger tbf cuts into frames, one by one, with the cores that compute.
-PLUG = """ip link add %s gso_max_size 30000 type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
+# Packets below any burst: tbf cuts what is larger into frames, one by one, with the cores that compute.
+PACKETS = "gso_max_size 30000"
+PLUG = f"""ip link add %s {PACKETS} type veth peer name eth0 netns %d && ip link set %s master eth0 up &&
 echo %d >/dev/shm/%s.pid && echo %s >/dev/shm/%s.cores"""
-UP = "ip address add %s/24 dev eth0 && ip link set eth0 gso_max_size 30000 up"
+UP = f"ip address add %s/24 dev eth0 && ip link set eth0 {PACKETS} up"
 THROTTLE = "tc qdisc replace dev %s root tbf rate %s burst %dkb latency 50ms"
 BURST_KIB = 256
 # What `ssh` is to a cluster: options, host, words for a shell. From a host that is cut off, no end is heard of.
@@ -52,7 +53,7 @@ code=$?
 while [ -e /dev/shm/$name.cut ]; do sleep 0.1; done
 exit $code
 """
-CABLE = "ip link add eth0 gso_max_size 30000 type veth peer name other"
+CABLE = f"ip link add eth0 {PACKETS} type veth peer name other"
 TRIAL = f"{BASE % ('trial', '')} && {CABLE} && {THROTTLE % ('eth0', '1mbit', BURST_KIB)}"
 
 # Allowed as root, and over the only network there is: without these, Open MPI looks for others for a second.

@@ -54,22 +54,34 @@ SIDES = {
 
 
 class Team:
-    """A side's processes, started again where they ended by themselves (gloo's do, now and then)."""
+    """A side's processes, started again where they ended by themselves (gloo's do, now and then).
+
+    name   of SIDES
+    stack  ends them
+    """
 
     def __init__(self, name: str, setup: Setup, stack: ExitStack):
-        self.name, self.setup, self.stack, self.starts = name, setup, stack, 0
+        self.name, self.setup, self.starts = name, setup, 0
         self.crew: Crew | None = None
+        stack.callback(self.close)
 
     def take(self, steps: int) -> Steps:
+        """So many steps' costs, joined over ranks. Raises OSError where processes end again and again."""
         while True:
             try:
-                self.crew = self.crew or self._start()
-                return joined(self.crew.take(steps))
+                crew = self.crew or self._start()
+                return joined(crew.take(steps))
             except OSError as error:
+                self.close()
                 if self.starts > RESTARTS:
                     raise
                 say(f"{self.name} is started again: {error}")
-                self.crew = None
+
+    def close(self) -> None:
+        """End the processes that are there."""
+        crew, self.crew = self.crew, None
+        if crew is not None:
+            crew.__exit__()
 
     def _start(self) -> Crew:
         side, label = SIDES[self.name], f"{self.name}-{self.starts}"
@@ -78,7 +90,7 @@ class Team:
             crew = self.setup.ddp(label, RANKS, side.powersgd)
         else:
             crew = self.setup.trireme(label, RANKS, RANKS, side.strategy)
-        self.stack.enter_context(crew)
+        self.crew = crew
         self.parameters = crew.hello[0]["parameters"]
         crew.take(WARM_UP)
         return crew

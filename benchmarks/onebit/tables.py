@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from onebit.an4 import rate_of_best, spread
 
 from hpc.report_picture import LIGHT, dress, empty, fraction_axis, legend, new_figure, png, wide_scale
 
@@ -94,8 +94,7 @@ def _ratio(record: Record | None) -> str:
 
 def best_rate(records: Sequence[Record]) -> float | None:
     """The rate of the best held-out accuracy, among runs that went well."""
-    good = [r for r in records if r["curve"] and not r["failure"]]
-    return max(good, key=best)["rate"] if good else None
+    return rate_of_best((r["rate"], best(r)) for r in records if r["curve"] and not r["failure"])
 
 
 def best(record: Record) -> float:
@@ -140,13 +139,13 @@ def accuracy_tables(records: Sequence[Record], setup: Record, sides: Mapping[str
         f"**AN4, held-out frame accuracy at equal frames and at equal time**, {spoken(link)}, {setup['layers']} x "
         f"{setup['width']}, minibatches of {setup['batch']}, {setup['epochs']} epochs, {frames:,} frames, the first "
         f"{setup['cold']} steps uncompressed.", "",
-        f"| | rate | at the end | best | seeds | seconds | after {first:.0f} s | seconds to {level:.1%} "
+        f"| | rate | at the end, % | best, % | seeds | seconds | after {first:.0f} s | seconds to {level:.1%} "
         "| bytes a step over the link, the run's mean |", "|---" * 9 + "|",
     ]
     for name, runs in found.items():
         by_seed = {r["seed"]: r for r in reversed(runs)}  # a run on the link before one without
         ended = [r["curve"][-1]["accuracy"] for r in by_seed.values()]
-        cells = [_spread(ended), _spread([best(r) for r in by_seed.values()]), str(len(by_seed))]
+        cells = [spread(ended), spread([best(r) for r in by_seed.values()]), str(len(by_seed))]
         if name in timed:
             run = timed[name][0]
             reached = until(run, level)
@@ -166,11 +165,6 @@ def accuracy_tables(records: Sequence[Record], setup: Record, sides: Mapping[str
         like = sides[name].like
         out.append(f"| {sides[name].text} | {said or (f'as {sides[like].text}' if like else '–')} |")
     return [*out, ""]
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.2f} %{deviation}"
 
 
 def markdown(records: Sequence[Record], setup: Record, sides: Mapping[str, Any]) -> str:
