@@ -27,67 +27,23 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebit.an4 import RECIPE, ROOT, rate_of_best, schedule, spread, toml
+from onebit.accuracy_tables import draw, markdown, rates_of
+from onebit.an4 import RECIPE, ROOT, schedule, toml
+from onebit.rows import NETWORKS, REFERENCE, ROWS, Row, best_rate
 
 from hpc.bench_options import numbers
 from hpc.records import read_records
-from hpc.report_picture import LIGHT, dress, new_figure, png
 from hpc.shards import read_manifest
 
 NEAR = 0.1  # what ends within this of the majority class's accuracy has learned nothing
-# Hidden layers and what the paper's tables say of them. SVD-LL (task.factored) is not among them yet.
-NETWORKS = {"sigmoid": {"activation": "sigmoid", "init": "glorot"}, "relu": {"activation": "relu", "init": "he"}}
-MOMENTUM: dict[str, Any] = {"name": "momentum", "momentum": 0.9}
-BEFORE: dict[str, Any] = {"name": "adagrad", "momentum": 0.9, "placement": "before"}
-AFTER = BEFORE | {"placement": "after"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table, and what the paper has there.
-
-    rates   where the search for the learning rate starts, by network; only networks named here have the row
-    paper   word error rate and training-set frame accuracy (%), by network
-    """
-
-    table: int
-    name: str
-    text: str
-    rates: dict[str, float]
-    optim: dict[str, Any] = field(default_factory=lambda: MOMENTUM)
-    onebit: dict[str, Any] | None = None  # options of strategy "onebit"; None: float32, "allreduce"
-    paper: dict[str, str] = field(default_factory=dict)
-
-
-BOTH, SIGMOID = {"sigmoid": 0.2, "relu": 0.025}, {"sigmoid": 0.005}
-ROWS = {row.name: row for row in (
-    Row(2, "baseline", "baseline, float32", BOTH, paper={"sigmoid": "16.5 (55.6)", "relu": "16.5 (62.8)"}),
-    Row(2, "onebit", "1-bit", BOTH, onebit={}, paper={"sigmoid": "16.3 (55.5)", "relu": "16.6 (61.7)"}),
-    Row(2, "onebit-db", "1-bit, double buffering", BOTH, onebit={"double_buffering": True},
-        paper={"sigmoid": "16.5 (55.3)", "relu": "16.6 (62.4)"}),
-    Row(2, "onebit-no-feedback", "1-bit without error feedback", BOTH, onebit={"error_feedback": False},
-        paper={"sigmoid": "diverges", "relu": "diverges"}),
-    Row(3, "smoothed", "AdaGrad on the momentum-smoothed gradient, float32", SIGMOID, AFTER,
-        paper={"sigmoid": "16.5 (57.4)"}),
-    Row(3, "raw", "AdaGrad on the raw gradient, float32", SIGMOID, BEFORE, paper={"sigmoid": "16.2 (58.2)"}),
-    Row(3, "partial", "AdaGrad on partial gradients, 1-bit", SIGMOID, MOMENTUM, {"local_adagrad": True},
-        paper={"sigmoid": "16.1 (57.4)"}),
-    Row(3, "aggregate", "AdaGrad on the aggregate gradient, 1-bit", SIGMOID, BEFORE, {},
-        paper={"sigmoid": "15.8 (59.1)"}),
-    Row(3, "aggregate-db", "the same, double buffering", SIGMOID, BEFORE, {"double_buffering": True},
-        paper={"sigmoid": "15.8 (59.4)"}),
-)}
-REFERENCE = {2: "baseline", 3: "raw"}  # what a table's other rows are compared with, seed by seed
 
 
 @dataclass(frozen=True)
@@ -136,6 +92,8 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.lock = arguments, threading.Lock()
+        self.tuning_seed = arguments.tuning_seed
+        self.rates = [float(rate) for rate in (arguments.rates or "").split(",") if rate]
         self.setup = {key: getattr(arguments, key) for key in ("layers", "width", "batch", "splits", "epochs")}
         self.setup["strategy"] = json.loads(arguments.strategy)  # of the rows that quantize
         lines = arguments.out.read_text(encoding="utf-8").splitlines() if arguments.out.exists() else []
@@ -204,9 +162,9 @@ class Bench:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return held
 
-    def tune(self, row: Row, network: str, seed: int) -> None:
+    def tune(self, row: Row, network: str) -> None:
         """Try rates in factors of 2 until the best of them is not at an edge."""
-        start, cold = row.rates[network], self.arguments.cold_start
+        start, cold, seed = row.rates[network], self.arguments.cold_start, self.tuning_seed
         if REFERENCE[row.table] != row.name and row.table == 2:
             start = best_rate(self.of(ROWS["baseline"], network, seed)) or start
         held = {r["rate"]: r for r in self.of(row, network, seed)}
@@ -217,11 +175,6 @@ class Bench:
             if not start / 100 < rate < start * 100:
                 break
             held[rate] = self.make(Setting(row, network, seed, rate, cold))
-
-
-def best_rate(records: Iterable[dict[str, Any]]) -> float | None:
-    """The rate of the best held-out accuracy, among runs that did not diverge."""
-    return rate_of_best((r["rate"], r["held_out"]) for r in records if not r["diverged"])
 
 
 def trireme(*words: object) -> tuple[int, float, str]:
@@ -248,130 +201,6 @@ def said(record: dict[str, Any]) -> str:
     parts = [f"{name} {record[name]:.2%}" for name in ("held_out", "training") if record[name] is not None]
     parts += [f"best in epoch {record['best_epoch']:g}" if record["best_epoch"] else "", f"{record['seconds']:.0f} s"]
     return ", ".join(filter(None, parts)) + (f", DIVERGED {record['failure']}" if record["diverged"] else "")
-
-
-# -- what came of it ------------------------------------------------------------------------------------------------
-
-
-def chosen(bench: Bench, row: Row, network: str) -> list[dict[str, Any]]:
-    """A row's records at its rate, by seed; if all of the tuning seed's diverged, those of the smallest rate."""
-    if bench.arguments.rates:
-        rates = [float(rate) for rate in bench.arguments.rates.split(",")]
-    else:
-        tuned = bench.of(row, network, bench.arguments.tuning_seed)
-        rate = best_rate(tuned)
-        rates = [rate if rate is not None else min((r["rate"] for r in tuned), default=row.rates[network])]
-    return sorted((r for r in bench.of(row, network) if r["rate"] == rates[0]), key=lambda r: r["seed"])
-
-
-def listed(records: list[dict[str, Any]], name: str) -> str:
-    """Every seed's number, in percent; a run that diverged is marked."""
-    return ", ".join(
-        ("–" if r[name] is None else f"{100 * r[name]:.2f}") + ("†" if r["diverged"] else "") for r in records
-    )
-
-
-def cpu_seconds(records: list[dict[str, Any]]) -> str:
-    known = [r["cpu_s"] for r in records if r["cpu_s"] is not None]
-    return f"{statistics.median(known):.0f}" if known else "–"
-
-
-def gaps(bench: Bench, row: Row, network: str, name: str) -> list[float]:
-    """What a row has more than its table's reference, seed by seed, where both have a number."""
-    reference = {r["seed"]: r[name] for r in chosen(bench, ROWS[REFERENCE[row.table]], network) if r[name] is not None}
-    return [r[name] - reference[r["seed"]] for r in chosen(bench, row, network) if r["seed"] in reference and r[name]]
-
-
-def panels(row_names: list[str], networks: list[str]) -> list[tuple[int, str, list[Row]]]:
-    """(table, network, its rows): what is shown together."""
-    found: dict[tuple[int, str], list[Row]] = {}
-    for network in networks:
-        for row in map(ROWS.__getitem__, row_names):
-            if network in row.rates:
-                found.setdefault((row.table, network), []).append(row)
-    return [(table, network, found[table, network]) for table, network in sorted(found, key=lambda key: key[0])]
-
-
-def markdown(bench: Bench, row_names: list[str], networks: list[str]) -> str:
-    """Both tables, and the rates that were tried."""
-    out = []
-    for table, network, rows in panels(row_names, networks):
-        if not any(bench.of(row, network) for row in rows):
-            continue
-        reference = ROWS[REFERENCE[table]].text
-        out += [
-            f"**Table {table}, {network}.** Frame accuracy (%), mean ± sample deviation; gaps to \"{reference}\", seed "
-            "by seed. Paper: Hub-5'00 WER (training-set frame accuracy). † diverged.", "",
-            "| | rate | held out | gap | last epoch | training set | gap | held out, every seed "
-            "| training set, every seed | CPU s | paper |", "|---" * 11 + "|",
-        ]
-        for row in rows:
-            runs = chosen(bench, row, network)
-            if not runs:
-                out.append(f"| {row.text} |" + " – |" * 9 + f" {row.paper.get(network, '–')} |")
-                continue
-            good = [r for r in runs if r["held_out"] is not None]
-            gap = {
-                name: spread(gaps(bench, row, network, name), "+") if row.name != REFERENCE[table] else ""
-                for name in ("held_out", "training")
-            }
-            out.append(
-                f"| {row.text} | {runs[0]['rate']:g} | {spread([r['held_out'] for r in good])} | {gap['held_out']} | "
-                f"{spread([r['held_out_last'] for r in good])} | "
-                f"{spread([r['training'] for r in good if r['training'] is not None])} | {gap['training']} | "
-                f"{listed(runs, 'held_out')} | {listed(runs, 'training')} | "
-                f"{cpu_seconds(runs)} | {row.paper.get(network, '–')} |"
-            )
-        seed = bench.arguments.tuning_seed
-        out += ["", f"Rates tried, with seed {seed}'s held-out accuracy (%):", "", "| | rates |", "|---|---|"]
-        for row in rows:
-            tried = sorted(bench.of(row, network, seed), key=lambda r: r["rate"])
-            said = ", ".join(f"{r['rate']:g}: {listed([r], 'held_out')}" for r in tried)
-            out.append(f"| {row.text} | {said or '–'} |")
-        out.append("")
-    return "\n".join(out)
-
-
-def draw(bench: Bench, row_names: list[str], networks: list[str]) -> bytes:
-    """Every seed a dot, mean and deviation of every row; held out above, the training set below."""
-    shown = panels(row_names, networks)
-    figure = new_figure(7.5, LIGHT)
-    grid = figure.subplots(2, len(shown), squeeze=False)
-    for column, (table, network, rows) in enumerate(shown):
-        for line, (name, text) in enumerate((("held_out", "held-out"), ("training", "training-set"))):
-            axes = grid[line][column]
-            dress(axes, LIGHT, f"Table {table}, {network}", f"{text} frame accuracy (%)")
-            for place, row in enumerate(rows):
-                colour = LIGHT.series[0 if row.onebit is None else 1]
-                runs = chosen(bench, row, network)
-                values = [100 * r[name] for r in runs if r[name] is not None]
-                if not values:
-                    axes.text(
-                        0.5, place, "diverged" if runs else "not run yet", transform=axes.get_yaxis_transform(),
-                        color=LIGHT.muted, ha="center", va="center", fontsize=9,
-                    )
-                    continue
-                axes.scatter(values, [place + 0.15] * len(values), s=22, color=colour, alpha=0.6, linewidths=0)
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                mean = statistics.fmean(values)
-                axes.errorbar(mean, place - 0.15, xerr=deviation, fmt="D", markersize=5, capsize=3, color=colour)
-            axes.set_yticks(range(len(rows)), [wrapped(row.text) for row in rows])
-            axes.set_ylim(len(rows) - 0.5, -0.5)
-    for marker, colour, text in (
-        ("o", LIGHT.muted, "a seed"), ("D", LIGHT.muted, "mean and deviation"), ("s", LIGHT.series[0], "float32"),
-        ("s", LIGHT.series[1], "1-bit"),
-    ):
-        grid[0][0].plot([], [], marker, color=colour, label=text)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9.5, labelcolor=LIGHT.ink)
-    return png(figure, LIGHT)
-
-
-def wrapped(text: str) -> str:
-    """A label in lines of about 20 characters."""
-    lines = [""]
-    for word in text.split():
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 22 else [lines[-1], word]
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -411,17 +240,12 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as crew:
         if arguments.tune:
-            list(crew.map(lambda pair: bench.tune(*pair, arguments.tuning_seed), pairs))
+            list(crew.map(lambda pair: bench.tune(*pair), pairs))
             return 0
-        settings = []
-        for row, network in pairs:
-            rates = [float(rate) for rate in (arguments.rates or "").split(",") if rate]
-            if not rates:
-                tuned = bench.of(row, network, arguments.tuning_seed)
-                best = best_rate(tuned)
-                rates = [min((r["rate"] for r in tuned), default=row.rates[network]) if best is None else best]
-            cold = arguments.cold_start
-            settings += [Setting(row, network, seed, rate, cold) for seed in arguments.seeds for rate in rates]
+        settings = [
+            Setting(row, network, seed, rate, arguments.cold_start)
+            for row, network in pairs for seed in arguments.seeds for rate in rates_of(bench, row, network)
+        ]
         list(crew.map(bench.make, sorted(settings, key=lambda setting: arguments.seeds.index(setting.seed))))
     return 0
 

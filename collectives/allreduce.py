@@ -103,6 +103,11 @@ class AllReduce(Strategy):
         self.settled = True
         return choice.to_dict() | {"said": str(choice)}
 
+    def sent(self) -> dict[str, int]:
+        found = super().sent()
+        wide = 4 // self.leaves.wire.itemsize if self.leaves.wire is not None else 0
+        return found | {"float32": wide * (found["reduce"] + found["share"])}
+
     def _place(self, low: int) -> int:
         before = 0
         for first, last in self.pieces:
@@ -203,7 +208,11 @@ class AllReduce(Strategy):
         if not self.rule(
             self.flat.weights[low : low + len(total)], total, slots, self.rate, self.updates, self.scale
         ):
-            self._fail(total, low)
+            self.fail_at(
+                low, "the sum of all splits",
+                [("the gradient", total), *((f"the update rule's {name}", slot) for name, slot in slots.items())],
+                "numbers overflow",
+            )
 
     def _clipped(self) -> float:
         """The factor that clips the mean gradient; its norm is summed in fixed groups (collective)."""
@@ -215,15 +224,6 @@ class AllReduce(Strategy):
         # fsum is exact: no order to agree on. The norm is the mean gradient's, over all that the turn took.
         norm = math.sqrt(math.fsum(everyone.tolist())) / (self.batch * self.turn_batches)
         return min(1.0, self.clip_norm / norm if norm else 1.0)
-
-    def _fail(self, total: torch.Tensor, low: int) -> None:
-        """Training fails at a summed gradient that is not finite; names the parameter."""
-        bad = torch.nonzero(~torch.isfinite(total))
-        self.fail(
-            f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, parameter "
-            f"{self.flat.name_at(low + int(bad[0]))}, {len(bad)} values); lower optim.learning_rate or set "
-            "strategy.clip_norm"
-        )
 
     def waiting_for(self) -> str:
         return self.exchange.waiting_for() if self.settled else ""

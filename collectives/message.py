@@ -26,6 +26,9 @@ class Message(Protocol):
         """Whether it is through: what was sent may be changed, what was awaited is there."""
         ...
 
+    def free(self) -> None:
+        """It is through, and will not be started again."""
+
 
 class Straight(Message):
     """A message that MPI takes from where it lies, and puts where it belongs.
@@ -55,6 +58,11 @@ class Straight(Message):
         self._under_way = None
         self.received = self._status.Get_count() if self._empty is None else 0  # in bytes
         return True
+
+    def free(self) -> None:
+        for request in (self._full, self._empty):
+            if request is not None:
+                request.Free()
 
 
 def gather_records(value: Any, ranks: Any) -> list[Any]:

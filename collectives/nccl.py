@@ -78,6 +78,9 @@ class NcclExchange(Turn):
             ]
             self.plan.work.append(Work(low, high, own=[Own([], mine, [])]))
         self.flag = torch.zeros(1, dtype=torch.int32, device=weights.device)
+        # Bytes of a turn, as owners would exchange them: NCCL does not say which ways it takes.
+        owned = 4 * sum(high - low for low, high in layout.owned(comm.rank))
+        self.bytes = {"reduce": 4 * len(weights) - owned, "share": owned * (comm.size - 1)}
         self._under_way: list[tuple[str, int, Callable[[float], bool] | None]] = []
         self._since = 0.0
 
@@ -105,6 +108,7 @@ class NcclExchange(Turn):
                     self.link.spread(self.news[bucket])
                     self._under_way.append((f"bucket {bucket} share", began, self.lane.mark()))
             self._wait()
+            self.comm.sent.update(self.bytes)
         self.active_s += time.monotonic() - self._since
         return self.learned
 

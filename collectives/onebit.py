@@ -14,10 +14,11 @@ Legend: P floats of the flat buffer, S floats that this rank owns, N splits.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from collectives.comm import Comm
 from collectives.packed import Block, Codec, Float32, OneBit, PackedExchange
@@ -27,6 +28,7 @@ from kernels.onebit import Columns
 from kernels.update import Constants, update_
 
 RESIDUAL, PENDING, SQUARES = "onebit.residual", "onebit.pending", "onebit.squares"
+OVERFLOW = "the sum over a column of a block that begins here overflows"
 
 
 class Turn(NamedTuple):
@@ -61,7 +63,7 @@ class OneBitSGD(Strategy):
         rule: Rule,
         batch: float,
         *,
-        cold_start: Annotated[float, Ge(0)] = 0.0,
+        cold_start: Annotated[float, Ge(0), Lt(math.inf)] = 0.0,
         double_buffering: bool = False,
         error_feedback: bool = True,
         clip_norm: Annotated[float, Ge(0)] = 0.0,
@@ -101,6 +103,8 @@ class OneBitSGD(Strategy):
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         first, again = self.traffic()
         said = f"a bit a value; to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
+        if self.cold_batches:
+            said += f"; float32 for the first {self.cold_batches * self.batch / self.halves:,.0f} that the loss counts"
         if self.double_buffering and not self.comm.threads:
             said += "; this MPI lets one thread call it only, so little of an exchange hides behind the next half batch"
         return {"said": said}
@@ -131,6 +135,8 @@ class OneBitSGD(Strategy):
     def span(self, limit: int) -> int:
         is_cold = self.taken < self.cold_batches
         self.beside = self.double_buffering and not is_cold and not self.undelayed
+        if self.cold is not None and not is_cold:
+            self.cold.close()
         self.cold = (self.cold or self._exchange(Float32(), self.halves)) if is_cold else None
         self.exchange = self.cold or next(e for e in self.exchanges if e is not self.flying)
         self.taking = min(limit, self.batches * (1 if self.beside else self.halves))
@@ -154,7 +160,11 @@ class OneBitSGD(Strategy):
             cut = slice(block.low, block.high)
             residual = None if residuals is None else residuals[cut]
             if not self.exchange.codec.pack_(values[cut], residual, block.columns, row):
-                self._not_finite(f"split {split}", block, values[cut], residual)
+                # What is left is not finite where the sum of a column of finite values is not.
+                arrays = [("the gradient", values[cut])]
+                if residual is not None:
+                    arrays.append(("the gradient's sum over a column", residual))
+                self.fail_at(block.low, f"split {split}", arrays, OVERFLOW)
 
     def _prepared(self, split: int) -> torch.Tensor:
         """The split's gradient [P], clipped or normalised as the options say."""
@@ -167,7 +177,10 @@ class OneBitSGD(Strategy):
                 values.mul_(self.clip_norm / norm)
         if self.local_adagrad:
             constants = Constants(scale=whole, rate=-1.0, epsilon=self.adagrad_epsilon)
-            update_("adagrad", self.normalised.zero_(), values, [self.squares[split]], constants)
+            squares = self.squares[split]
+            if not update_("adagrad", self.normalised.zero_(), values, [squares], constants):
+                arrays = [("the gradient", values), ("the sum of its squares", squares)]
+                self.fail_at(0, f"split {split}", arrays, OVERFLOW)
             values = self.normalised
         return values
 
@@ -218,16 +231,9 @@ class OneBitSGD(Strategy):
         change.sub_(weights)
         residual = self.slices[RESIDUAL][mine] if self.error_feedback else None
         if not (codec.pack_(change, residual, block.columns, packed) and finite):
-            self._not_finite("the sum of all splits", block, change, residual)
-
-    def _not_finite(self, what: str, block: Block, values: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Training fails at numbers that are not finite, or whose sum over a column is not; names the parameter."""
-        bad = ~torch.isfinite(values) if residual is None else ~(torch.isfinite(values) & torch.isfinite(residual))
-        at = block.low + (int(torch.nonzero(bad)[0]) if bad.any() else 0)
-        self.fail(
-            f"the gradient is not finite at update {self.updates} (rank {self.comm.rank}, {what}, parameter "
-            f"{self.flat.name_at(at)}, {int(bad.sum())} values); lower optim.learning_rate or set strategy.clip_norm"
-        )
+            arrays = [("the gradient", total), *((f"the update rule's {name}", slot) for name, slot in slots.items())]
+            arrays.append(("the change of the weights", change))
+            self.fail_at(block.low, "the sum of all splits", arrays, OVERFLOW)
 
     def waiting_for(self) -> str:
         waiting = self.flying.waiting if self.flying is not None else None

@@ -36,7 +36,11 @@ BLOCK = 1 << 17  # floats, about, that a CPU makes an update of at a time: they 
 
 
 class Codec(Protocol):
-    """How floats are packed into int32, and added up again; the first of them is 0 where there is nothing."""
+    """How the floats [F] of a stretch are packed into int32, and added up again.
+
+    The first int32 of a packed row is 0 where there is nothing. values, residual, out: float32 [F], of which columns
+    say what counts; packed: int32 [n], n as `packed` tells.
+    """
 
     def packed(self, columns: Columns, floats: int) -> int:
         """How many int32 the packed floats of some columns are."""
@@ -45,11 +49,12 @@ class Codec(Protocol):
     def pack_(
         self, values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor
     ) -> bool:
-        """Pack values and what was left of those before, and leave what is left now; whether all were finite."""
+        """Pack values and what was left of those before; what is left now is in `residual`. Returns whether all of them,
+        and their sums over columns, are finite."""
         ...
 
     def add_(self, out: torch.Tensor, packed: torch.Tensor, columns: Columns, fresh: bool) -> None:
-        """Add up packed rows, split after split, from 0 if `fresh`."""
+        """Add packed rows [N, n] to `out` in place, split after split, from 0 if `fresh`."""
         ...
 
 
@@ -229,6 +234,11 @@ class PackedExchange:
         if self._failure is not None:
             raise self._failure
         return self.learned
+
+    def close(self) -> None:
+        """It is not used again, and nothing of it is on its way."""
+        for message in (*self.partials_in, *self.partials_out, *self.results_in, *self.results_out):
+            message.free()
 
     def run_through(self) -> None:
         """A turn of which nobody has anything to add, to see how long its messages take (collective)."""

@@ -108,6 +108,10 @@ class _Staged:
             self.staging.move()
         return self.over
 
+    def free(self) -> None:
+        for chunk in self.chunks:
+            chunk.message.free()
+
     def begin(self, empty: bool) -> None:
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ Legend: P parameters (padded), S floats that this rank owns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +45,7 @@ class Weights(Protocol):
 class Rule(Protocol):
     """A flat update rule (`hpc.optim`): changes `weights` [S] in place from `scale` times `grad` [S] and its slots [S].
 
-    Returns whether all of the gradient was finite.
+    Returns whether all of the gradient, and of the slots after it, is finite.
     """
 
     slots: tuple[str, ...]
@@ -117,7 +117,7 @@ class Strategy:
         return 1
 
     def sent(self) -> dict[str, int]:
-        """Bytes of gradients and weights that this rank sent so far, counted where MPI takes them.
+        """Bytes of gradients and weights that this rank sent so far, counted where MPI takes them (NCCL's: calculated).
 
         "reduce": to whom sums them up; "share": to whom needs the result; "float32": what both would have been as
         float32 (0 if they were).
@@ -125,10 +125,30 @@ class Strategy:
         return {"reduce": self.comm.sent["reduce"], "share": self.comm.sent["share"], "float32": self.float32_bytes}
 
     def fail(self, message: str) -> None:
-        """Numbers are not finite: raise TrainingFailed, or note it where that is wanted."""
+        """Numbers are not finite: raise TrainingFailed, or note it in `failed` where they are lenient with it."""
         self.failed = True
         if not self.lenient:
             raise TrainingFailed(message)
+
+    def fail_at(self, low: int, where: str, arrays: Sequence[tuple[str, torch.Tensor]], otherwise: str) -> None:
+        """`fail` at the first of some arrays that is not finite all over, naming the parameter.
+
+        low        the float of the flat buffer that the arrays, each [n], begin at
+        where      for the message: whose arrays they are
+        arrays     (what it is, values)
+        otherwise  what happened if all of them are finite
+        """
+        what, parameter = otherwise, self.flat.name_at(low)
+        for name, values in arrays:
+            bad = torch.nonzero(~torch.isfinite(values))
+            if len(bad):
+                what = f"{name} is not finite"
+                parameter = f"{self.flat.name_at(low + int(bad[0]))}, {len(bad)} values"
+                break
+        self.fail(
+            f"{what} at update {self.updates} (rank {self.comm.rank}, {where}, parameter {parameter}); lower "
+            "optim.learning_rate or set strategy.clip_norm"
+        )
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         """Settle how to exchange, once, before anything else (collective).

@@ -199,11 +199,11 @@ def make_job(
         )
 
     strategy.evaluate = validate if rest else None
-    strategy.note = spans.note
+    strategy.note = meter.note
     job = Job(
-        comm, device, task, model, batches, strategy, schedule, _selection(recipe, order.counted, parts), saver, meter,
-        stop, validate if rest else None, recipe.validate_.metric, _steps(recipe.checkpoint.every, order.counted),
-        count_of(task, rest[0]) if rest else 0,
+        comm, device, task, model, batches, strategy, schedule, _selection(recipe, order.counted, parts, schedule),
+        saver, meter, stop, validate if rest else None, recipe.validate_.metric,
+        _steps(recipe.checkpoint.every, order.counted), count_of(task, rest[0]) if rest else 0,
     )
     if rest:
         comm.on_root(lambda: _check_metric(job, rest[0], "validate.metric", job.metric))
@@ -251,8 +251,9 @@ def part_of(batch: int, parts: int, splits: int) -> int:
     return batch // parts
 
 
-def _selection(recipe: Recipe, counted: float, parts: int) -> Selection:
-    """Of minibatch sizes; stretches are whole batches. Raises RecipeError where one is too short to tell."""
+def _selection(recipe: Recipe, counted: float, parts: int, schedule: Schedule) -> Selection:
+    """Of minibatch sizes; stretches are whole batches. Raises RecipeError where one is too short to tell, or never due.
+    """
     asked = recipe.minibatch
     stretch, largest = _steps(asked.stretch, counted * parts), max(asked.sizes)
     if asked.every and stretch < UPDATES * largest:
@@ -261,10 +262,17 @@ def _selection(recipe: Recipe, counted: float, parts: int) -> Selection:
             f"{stretch // largest} updates; expected {math.ceil(UPDATES * largest * counted * parts)} or more, or "
             "smaller minibatch.sizes"
         )
-    return Selection(
+    selection = Selection(
         every=parts * _steps(asked.every, counted * parts), stretch=parts * stretch,
         sizes=asked.sizes, metric=asked.metric, tolerance=asked.tolerance, batch=recipe.data.batch,
     )
+    if asked.every and not any(selection.due(at, schedule) for at in schedule.judgements()):
+        raise RecipeError(
+            f"recipe key 'minibatch.every' = {asked.every}: with minibatch.stretch = {asked.stretch} no validation of "
+            f"this run's {math.ceil(schedule.steps * counted)} is late enough for it and has a stretch behind it; "
+            "expected less of either, or more validations (validate.every)"
+        )
+    return selection
 
 
 def _steps(frames: int, counted: float) -> int:

@@ -164,6 +164,10 @@ class Meter:
             self._seconds[phase] += (ended - began) / 1e9
             self.totals[phase] += (ended - began) / 1e9
 
+    def note(self, name: str, begin: int, end: int) -> None:
+        """A part of an exchange took from `begin` to `end` (time.monotonic_ns()). From any thread."""
+        self.spans.note(name, begin, end)
+
     def add(self, split: int, total: torch.Tensor, count: int) -> float:
         """Take in a batch's summed loss; returns it as a number."""
         value = float(total.detach())

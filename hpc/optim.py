@@ -37,7 +37,7 @@ class SGD:
     def __call__(
         self, weights: torch.Tensor, grad: torch.Tensor, slots: Slots, rate: Rate, updates: int, scale: float = 1.0
     ) -> bool:
-        """One update; returns whether all of the gradient was finite.
+        """One update; returns whether all of the gradient, and of the slots after it, is finite.
 
         weights  [S], changed in place
         grad     [S]

@@ -16,8 +16,8 @@ from collectives.comm import Comm
 from hpc.bench import rounded, scratch
 from hpc.bench_crew import Crew
 from hpc.bench_options import bits_of, link, numbers, positive
-from hpc.build import registry
-from hpc.config import Recipe, RecipeError, load
+from hpc.build import part_of, registry
+from hpc.config import Recipe, RecipeError, load, options
 from hpc.planning.measure import measure
 from hpc.planning.model import Costs, Curve, Line, Link
 from hpc.planning.outlook import Outlook
@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latency", type=seconds, default=None, metavar="T", help="until a message arrives, with --link (50us)"
     )
-    parser.add_argument("--nodes", type=numbers, default=None, metavar="K,K", help="numbers of nodes (1,2,4 ... 64)")
+    parser.add_argument(
+        "--nodes", type=numbers, default=None, metavar="K,K",
+        help="numbers of nodes (1,2,4 ... 64); beyond the largest, equation (4) takes costs as they are there",
+    )
     parser.add_argument(
         "--ranks-a-node", type=number, default=None, metavar="R", help="ranks of a node (1, or as started)"
     )
@@ -91,6 +94,8 @@ def _check(arguments: argparse.Namespace, comm: Comm) -> None:
     """Raise ValueError or OSError for what cannot be planned, before anything is measured (rank 0)."""
     recipe = load(arguments.recipe, arguments.overrides, registry())
     read_manifest(Path(recipe.data.train))
+    strategy: Any = registry()["strategy"][recipe.strategy.name]
+    part_of(recipe.data.batch, strategy.parts_of_a_batch(**options(recipe.strategy)), recipe.splits)
     if arguments.latency is not None and arguments.link is None:
         raise ValueError("--latency goes with --link; without --link both are measured")
     asked, there = arguments.ranks_a_node, len(comm.islands[0])
@@ -139,7 +144,7 @@ def _measured_alone(recipe: Recipe, comm: Comm, sizes: list[int], ranks: int, be
             return found
         spec = {"recipe": None, "floats": found["floats"]}
     with scratch() as folder, Crew("plan", max(ranks, 2), "hpc.planning.measure", spec, folder=folder) as crew:
-        told = crew.hello[0]["found"]
+        told = crew.take(1)[0]
     return found | told if ranks == 1 else told
 
 

@@ -73,9 +73,12 @@ def said_of_bytes(sent: Mapping[str, int]) -> str:
     said = f"{amount(sent['bytes'])} bytes"
     if not sent["float32"] or not sent["bytes"]:
         return said
-    ways = [sent["float32"] / 2 / sent[way] for way in ("reduce", "share")]
     times = sent["float32"] / sent["bytes"]
-    return f"{said}, {times:.1f} times fewer than float32 (to owners {ways[0]:.1f}, back {ways[1]:.1f})"
+    ways = [
+        f"{name} {sent['float32'] / 2 / sent[way]:.1f}" for name, way in (("to owners", "reduce"), ("back", "share"))
+        if sent[way]
+    ]
+    return f"{said}, {times:.1f} times fewer than float32 ({', '.join(ways)})"
 
 
 def hidden_share(waited: float, active: float) -> float | None:

@@ -8,7 +8,7 @@ best, and when training ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -181,6 +181,13 @@ class Schedule:
         """The next step at which rank 0 judges: a multiple of `every`, or an epoch's end; the last step always."""
         period = self.every or self.per_epoch
         return min((at // period + 1) * period, self.steps)
+
+    def judgements(self) -> Iterator[int]:
+        """All of them, if training is not ended early."""
+        at = 0
+        while at < self.steps:
+            at = self.next_judgement(at)
+            yield at
 
     def judge(self, at: int, loss: float) -> Verdict:
         """Take in the judged metric at step `at`; `best_at == at` afterwards means that it is the best so far."""

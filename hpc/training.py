@@ -103,7 +103,7 @@ def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolde
     comm.barrier()
     sent = bytes_sent(comm.gather(job.strategy.sent()))
     if sent["bytes"]:
-        log.info("sent between ranks: %s", said_of_bytes(sent))
+        log.info("sent between ranks%s: %s", f" since step {at}" if at else "", said_of_bytes(sent))
     end: dict[str, Any] = {
         "step": job.meter.at, "frames": job.meter.progress(job.meter.at)[1], "seconds": time.monotonic() - began,
         "best_step": job.schedule.best_at, "best": {job.metric: job.schedule.best} if job.evaluate else {},

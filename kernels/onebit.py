@@ -212,7 +212,7 @@ def empty_(packed: torch.Tensor) -> None:
 def reference_quantize_(
     values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor
 ) -> bool:
-    """The same in torch; for floats of another type `packed` must have it too (levels of float32 alone are packed)."""
+    """The same in torch, for any type of float; levels are float32."""
     levels, words = _parts(packed, columns)
     packed[0] = 1
     finite, column, word = True, 0, 0
@@ -225,6 +225,7 @@ def reference_quantize_(
         above = _lane_sums(torch.where(high, v, 0)) / high.sum(1).clamp(min=1).to(v.dtype)
         below = _lane_sums(torch.where(high, 0, v)) / (~high).sum(1).clamp(min=1).to(v.dtype)
         levels[column : column + run.rows] = torch.stack([below, above], 1).float()
+        below, above = levels[column : column + run.rows].to(v.dtype).unbind(1)
         finite &= bool(torch.isfinite(levels[column : column + run.rows]).all())
         words[word : word + run.rows * run.words] = _pack(high).flatten()
         if residual is not None:

@@ -60,7 +60,8 @@ SLOTS = {
 def update_(
     rule: str, weights: torch.Tensor, grad: torch.Tensor, slots: Sequence[torch.Tensor], constants: Constants
 ) -> bool:
-    """One update; returns whether all of the gradient was finite (if not, what was written is of no use).
+    """One update; returns whether all of the gradient, and of the state after it, is finite (if not, what was written
+    is of no use). A gradient of 1e20 is, its square is not: AdaGrad would go on dividing by infinity.
 
     rule     a name of SLOTS
     weights  [S], contiguous, changed in place
@@ -125,7 +126,7 @@ def reference(
         else:
             step = mean / (torch.maximum(size, g.abs(), out=size) + c.epsilon)
     weights.sub_(c.rate * step)
-    return bool(torch.isfinite(grad).all())
+    return all(bool(torch.isfinite(values).all()) for values in (grad, *slots))
 
 
 def _root(values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
+from test_kernels import SQUARED
 
 from kernels import compile as command
 from kernels import gpu, update
@@ -295,4 +296,4 @@ def test_a_gradient_that_is_not_finite_is_told(updates, rule):
             assert not updated(updates, rule, tensors, 2, 128, at == 500), (value, at)
     largest = made(rule, 1000)
     largest[1][:] = torch.finfo(torch.float32).max
-    assert updated(updates, rule, largest, 2, 128, False)
+    assert updated(updates, rule, largest, 2, 128, False) == (rule not in SQUARED), "state that overflows is told, too"

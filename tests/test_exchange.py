@@ -110,6 +110,8 @@ def test_whole_strategies_learn_the_same_on_any_islands():
             storage = ("own", "common")[number % 2]
             comm = world.with_islands(islands)
             problem = Problem("allreduce", comm, dry=dry, options=options, storage=storage).run(4)
+            sent = problem.strategy.sent()
+            assert sent["float32"] == ("wire" in options) * 2 * (sent["reduce"] + sent["share"]), options
             assert set(world.gather(problem.digest())) == {reference}, (options, islands)
 
 

@@ -20,6 +20,7 @@ OWN = {
     "adam": ("momentum", "fresh", "beta2", "fresh2", "correction2", "epsilon"),
     "adamax": ("momentum", "fresh", "beta2", "epsilon"),
 }
+SQUARED = ("adagrad", "adagrad_momentum", "momentum_adagrad", "adam")  # whose state is of squares
 
 
 def made(rule, size, dtype=torch.float32, seed=1):
@@ -98,6 +99,15 @@ def test_a_gradient_that_is_not_finite_is_told(act):
                 assert act(rule, weights.clone(), grad, [s.clone() for s in slots], CONSTANTS)
                 grad[at] = value
                 assert not act(rule, weights, grad, slots, CONSTANTS), (rule, value, at)
+
+
+@pytest.mark.parametrize("act", [update_, reference])
+def test_state_that_is_not_finite_is_told(act):
+    for rule in SLOTS:
+        for at in (0, 3, 999):
+            weights, grad, slots = made(rule, 1000)
+            grad[at] = 1e25  # which is finite, and its square is not
+            assert act(rule, weights, grad, slots, CONSTANTS) == (rule not in SQUARED), (rule, at)
 
 
 def test_what_does_not_fit_is_refused():

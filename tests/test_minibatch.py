@@ -15,6 +15,7 @@ from test_training import ranks_below, train
 
 from hpc.minibatch import Selection
 from hpc.schedule import Constant, Schedule
+from hpc.trace_records import EXCHANGE, read_traces
 
 EVERY = ("minibatch.every=1200", "minibatch.stretch=800", "minibatch.sizes=[1, 2, 4]", "schedule.epochs=4")
 STRATEGIES = {"allreduce": 'strategy={name="allreduce"}', "1-bit": 'strategy={name="onebit", double_buffering=true}'}
@@ -68,6 +69,11 @@ def test_trials_that_change_nothing_leave_nothing_behind(trireme, tmp_path, stra
     )
     assert own == plain, "the losses of trials are not those of training"
     spent = records_of(tmp_path / "tried", "train")[-1]["by_rank"][0]
+    for rank in read_traces(tmp_path / "tried")[0].ranks.values():
+        trials = [span for span in rank.spans if span.name == "select"]
+        exchanges = [span for span in rank.spans if span.lane.startswith(EXCHANGE)]
+        assert trials and exchanges
+        assert not any(t.begin <= e.begin and e.end <= t.end for t in trials for e in exchanges), "apart"
     assert "select" in spent and sum(r["seconds"] for r in records_of(tmp_path / "tried", "minibatch")) > 0
 
 
@@ -155,6 +161,9 @@ def test_a_metric_that_the_task_does_not_have_is_refused(trireme, tmp_path):
     assert done.returncode and "minibatch.metric" in done.stderr and "frame_error" in done.stderr
     done = trireme("train", recipe, "minibatch.every=1200", "minibatch.stretch=400", code=None)  # of 8 times 48 frames
     assert done.returncode and "minibatch.stretch" in done.stderr and "expected 1536 or more" in done.stderr
+    for never in ("minibatch.every=1000000", "minibatch.stretch=100000"):
+        done = trireme("train", recipe, *enough, never, code=None)
+        assert done.returncode and "late enough for it and has a stretch behind it" in done.stderr
     done = trireme("train", recipe, "minibatch.every=1200", "minibatch.sizes=[0, 1]", code=None)
     assert done.returncode and "minibatch.sizes" in done.stderr
 

@@ -264,6 +264,19 @@ def test_where_it_is_wanted_a_failure_is_noted_instead():
     assert at_work.strategy.failed
 
 
+@pytest.mark.parametrize(("options", "rule", "what"), [
+    ({"local_adagrad": True}, optim.SGD, r"the sum of its squares is not finite at update 0 .*split 0, parameter 0"),
+    ({}, optim.AdaGrad, r"the update rule's squares is not finite at update 0 .*the sum of all splits, parameter 0"),
+    ({"error_feedback": False}, optim.SGD, "the sum over a column of a block that begins here overflows"),
+    ({}, optim.SGD, "the gradient's sum over a column is not finite"),
+])
+def test_finite_gradients_whose_squares_or_sums_are_not_stop_the_run(options, rule, what):
+    scale = 5e37 if "over a column" in what else 1e25
+    at_work = Gradients(Comm(2, world=MPI.COMM_SELF), SHAPES, rule=rule(learning_rate=0.1), **options)
+    with pytest.raises(TrainingFailed, match=what):
+        at_work.turn(scale=scale)
+
+
 def test_parts_cover_everything_in_whole_columns_and_evenly():
     columns = Columns.of([(0, (300, 440)), (132096, (300,)), (132416, (132, 300)), (172032, (132,))])
     size = 169 * 1024

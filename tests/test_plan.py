@@ -325,8 +325,11 @@ def test_double_buffering_pays_where_there_is_something_to_hide():
     assert said == "Double buffering pays: on 4 nodes it hides 13 ms of exchange, 1.5 times as fast as without."
     steps["halves"] = Step(40 * MS, 20 * MS, 1 * MS, 20 * MS)
     steps["onebit"] = Step(21 * MS, 10 * MS, 1 * MS, 10 * MS)
-    assert "does not pay: on 4 nodes it has 1 ms of exchange to hide" in buffering(steps, 4)
+    assert "does not pay: on 4 nodes it hides 1 ms of 1 ms of exchange, and a second turn" in buffering(steps, 4)
     assert "takes 20 ms more" in buffering(steps, 4)
+    steps = {"onebit": Step(30 * MS, 10 * MS, 10 * MS, 10 * MS), "halves": Step(40 * MS, 11 * MS, 20 * MS, 12 * MS)}
+    said = "exchanges twice as much, of which 17 ms are not hidden instead of 10 ms, and a second turn's fixed costs"
+    assert f"{said} are 3 ms." in buffering(steps, 4)
     steps["onebit"] = steps["halves"]
     assert "little difference" in buffering(steps, 4)
 
@@ -335,7 +338,9 @@ def test_what_bounds_a_step_and_how_far_nodes_are_of_use():
     assert "by computing: 80 %" in bound({"float32": Step(10 * MS, 8 * MS, 9 * MS, 1 * MS)}, 4)
     assert "by the link: 70 %" in bound({"float32": Step(10 * MS, 2 * MS, 9 * MS, 1 * MS)}, 4)
     assert "by passes through memory" in bound({"onebit": Step(10 * MS, 2 * MS, 1 * MS, 7 * MS)}, 4)
-    assert reach(0, 0.3, 8) == "Several nodes do not pay: on the fewest, 30 % of their time is of use."
+    assert reach(2, 0.3, 8) == "Several nodes do not pay: 2 are 0.60 times as fast as one (30 % of use)."
+    assert "more than half idle or busy with the exchange: 8 are 2.48 times as fast" in reach(8, 0.31, 8)
+    assert reach(4, 0.7, 4).endswith("of use (70 % there); more were not asked for.")
     assert verdict(outlook(1e6), [1]) == ["One node exchanges nothing: ask for several (--nodes)."]
 
 
@@ -416,6 +421,7 @@ def test_a_plan_by_what_is_between_two_ranks(tmp_path, trireme):
     (["--latency", "1ms"], "--latency goes with --link"),
     (["--link", "1gbit", "--nodes", "64"], "fewer items than ranks on 64 nodes"),
     (["optim.learning_rat=1"], "unknown recipe key 'optim.learning_rat'"),
+    (['strategy={name="onebit", double_buffering=true}', "data.batch=52"], "learned in 2 parts"),
 ])
 def test_what_cannot_be_planned_is_refused_before_anything_is_measured(tmp_path, trireme, words, complaint):
     done = trireme("plan", write_recipe(tmp_path), *words, code=1)

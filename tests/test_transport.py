@@ -304,6 +304,8 @@ def test_ncclexchange_learns_the_same_to_rounding(linked):
             assert len(set(world.gather(problem.digest()))) == 1, "ranks differ"
             assert len(set(map(str, world.gather(problem.strategy.exchange.link.calls)))) == 1, "another order of calls"
             assert problem.strategy.updates == reference.strategy.updates == 3
+            sent = sum(world.gather(sum(problem.strategy.sent().values())))
+            assert sent == 3 * 2 * (world.size - 1) * 4 * problem.flat.size, "as owners would exchange it"
 
 
 @pair

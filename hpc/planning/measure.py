@@ -306,12 +306,12 @@ def work(spec: dict[str, Any]) -> None:
     """A rank that measures for a driver, and tells it when asked."""
     logging.getLogger("trireme").setLevel(logging.WARNING)
     comm = Comm.start()
-    if spec["recipe"]:
-        found = measure(resolve(spec["recipe"], registry()), comm, spec["sizes"], spec["link"])
-    else:
-        found = {"link": measure_link(comm, spec["floats"])}
-    gate = Gate(spec["address"], {"rank": comm.rank, "found": found})
-    gate.wait()
+    gate = Gate(spec["address"], {"rank": comm.rank})
+    while gate.wait():
+        if spec["recipe"]:
+            gate.report(measure(resolve(spec["recipe"], registry()), comm, spec["sizes"], spec["link"]))
+        else:
+            gate.report({"link": measure_link(comm, spec["floats"])})
     comm.finish()
 
 

@@ -48,7 +48,7 @@ def verdict(outlook: Outlook, nodes: Sequence[int]) -> list[str]:
     steps = outlook.steps(at)
     return [
         packing({k: outlook.steps(k) for k in several}, at), *([buffering(steps, at)] if "halves" in steps else []),
-        bound(steps, at), reach(at if useful else 0, best[at], max(several)), *rivals(outlook, several, at),
+        bound(steps, at), reach(at, best[at], max(several)), *rivals(outlook, several, at),
     ]
 
 
@@ -85,10 +85,16 @@ def buffering(steps: dict[str, Step], at: int) -> str:
     if whole.seconds >= WORTH * halves.seconds:
         times = f"{whole.seconds / halves.seconds:.1f} times as fast as without"
         return f"Double buffering pays: on {at} nodes it hides {span(hidden)} of exchange, {times}."
-    if halves.seconds >= WORTH * whole.seconds:
+    if halves.seconds >= WORTH * whole.seconds and hidden > 0:
         return (
-            f"Double buffering does not pay: on {at} nodes it has {span(whole.visible)} of exchange to hide, and a "
-            f"second turn, of smaller sub-batches and fixed costs, takes {span(max(more, 0.0))} more."
+            f"Double buffering does not pay: on {at} nodes it hides {span(hidden)} of {span(whole.visible)} of "
+            f"exchange, and a second turn, of smaller sub-batches and fixed costs, takes {span(more)} more."
+        )
+    if halves.seconds >= WORTH * whole.seconds:
+        turns = f" and a second turn's fixed costs are {span(more)}" if more > 0 else ""
+        return (
+            f"Double buffering does not pay: on {at} nodes it exchanges twice as much, of which {span(halves.visible)} "
+            f"are not hidden instead of {span(whole.visible)}{turns}."
         )
     both = f"{span(halves.seconds)} with it, {span(whole.seconds)} without"
     return f"Double buffering makes little difference: on {at} nodes {both}."
@@ -108,9 +114,11 @@ def bound(steps: dict[str, Step], at: int) -> str:
 
 
 def reach(at: int, efficiency: float, most: int) -> str:
-    """How many nodes are of use."""
-    if not at:
-        return f"Several nodes do not pay: on the fewest, {percent(efficiency)} of their time is of use."
+    """How many nodes are of use; `at`: the one that counts most, of the best efficiency there."""
+    if efficiency < USEFUL:
+        times = efficiency * at
+        pays = "do not pay" if times <= 1 else "are more than half idle or busy with the exchange"
+        return f"Several nodes {pays}: {at} are {times:.2f} times as fast as one ({percent(efficiency)} of use)."
     further = "; more were not asked for" if at == most else ""
     return f"Up to {counted(at, 'node')} at least half of their time is of use ({percent(efficiency)} there){further}."
 
@@ -171,6 +179,7 @@ def show(outlook: Outlook, nodes: Sequence[int], about: dict[str, Any], title: s
     console.print("Equation (4), double buffered: K = (N/2 T_frm + C T_post) / (T_comm - T_upd)")
     for way in ("float32", "onebit"):
         console.print(f"  {WAYS[way]:8} {equation(outlook.optimum(way, max(nodes)))}")
+    console.print(f"  (beyond {counted(max(nodes), 'node')} with T_frm and T_comm as they are there)")
     console.print(_scaling(outlook, nodes, about["noun"]))
     below = [f"{WAYS[way]} {_from(outlook.below_half(way))}" for way in WAYS]
     console.print(f"Less than half of use: {', '.join(below)}.")

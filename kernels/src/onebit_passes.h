@@ -100,6 +100,18 @@ SHARED bool quantize_column(const float* __restrict__ values, float* __restrict_
     return both_finite(below, above);
 }
 
+// What quantize_column does of a single value, a vector's: the level is the value.
+SHARED bool quantize_value(const float* value, float* residual, int32_t* levels, int32_t* words) {
+    const float v = residual ? *value + *residual : *value;
+    const bool high = v >= 0.0f;
+    const float level = 0.0f + v, below = high ? 0.0f : level, above = high ? level : 0.0f;
+    std::memcpy(levels, &below, sizeof(below));
+    std::memcpy(levels + 1, &above, sizeof(above));
+    *words = high;
+    if (residual) *residual = v - level;
+    return both_finite(below, above);
+}
+
 // Columns [low, high).
 bool quantize(const Quantize& a, int64_t low, int64_t high) {
     bool finite = true;
@@ -107,6 +119,10 @@ bool quantize(const Quantize& a, int64_t low, int64_t high) {
         const Column c = column_of(a.table, a.count, i);
         const float* values = a.values + c.start;
         int32_t *levels = a.packed + c.levels, *words = a.packed + c.words;
+        if (c.width == 1) {
+            finite &= quantize_value(values, a.residual ? a.residual + c.start : nullptr, levels, words);
+            continue;
+        }
         finite &= a.residual ? quantize_column(values, a.residual + c.start, true, c.width, levels, words)
                              : quantize_column(values, nullptr, false, c.width, levels, words);
     }
@@ -151,6 +167,17 @@ SHARED void add_splits(float* __restrict__ out, int64_t width, const int32_t* co
 // Floats [low, high) of a column, cut between words, in strips: all splits while a strip is in the first cache; those
 // that hold nothing are left out.
 void accumulate(const Accumulate& a, const Column& c, int64_t low, int64_t high) {
+    if (c.width == 1) {
+        float sum = a.fresh ? 0.0f : a.out[c.start];
+        for (int64_t at = 0; at < a.rows && low < high; ++at) {
+            const int32_t* row = a.packed + at * a.row;
+            float level;
+            std::memcpy(&level, row + c.levels + (row[c.words] & 1), sizeof(level));
+            if (*row) sum = sum + level;
+        }
+        if (low < high) a.out[c.start] = sum;
+        return;
+    }
     for (int64_t from = low; from < high; from += kStrip) {
         float* out = a.out + c.start + from;
         const int64_t width = high - from < kStrip ? high - from : kStrip, words = c.words + from / kLanes;

@@ -21,15 +21,15 @@ inline __attribute__((always_inline)) int32_t pass(
         const float weight = weights[i];
         bad |= !is_finite(grad[i]);
         weights[i] = Rule::step(c, gradient(c, grad[i], weight), weight * c.keep, first, second);
-        if (kSlots > 0) one[i] = first;
-        if (kSlots > 1) two[i] = second;
+        if (kSlots > 0) bad |= !is_finite(first), one[i] = first;
+        if (kSlots > 1) bad |= !is_finite(second), two[i] = second;
     }
     return bad;
 }
 
 }  // namespace
 
-// Returns 1 if any gradient is not finite.
+// Returns 1 if any gradient is not finite, or any state after it.
 #define RULE(name, Rule, slots)                                                                             \
     extern "C" FOR_EVERY_PROCESSOR int32_t trireme_##name(float* weights, const float* grad, float* one,   \
                                                           float* two, int64_t count, const Constants* c) { \

@@ -11,8 +11,8 @@ static __device__ __forceinline__ void pass(float* __restrict__ weights, const f
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
         float first = kSlots > 0 ? one[i] : 0.0f, second = kSlots > 1 ? two[i] : 0.0f;
         const float weight = weights[i], g = grad[i];
-        if (!is_finite(g)) *bad = 1;
         weights[i] = Rule::step(c, gradient(c, g, weight), weight * c.keep, first, second);
+        if (!is_finite(g) || (kSlots > 0 && !is_finite(first)) || (kSlots > 1 && !is_finite(second))) *bad = 1;
         if (kSlots > 0) one[i] = first;
         if (kSlots > 1) two[i] = second;
     }

@@ -63,7 +63,7 @@ def test_sru_gives_the_bits_of_the_cpu_side(kind, stored):
 
 
 # As the tests of the CPU have it, and long columns beside many short ones: several warps share the words of a column.
-COLUMNS = [onebit.COLUMNS, Columns.of([(7, (1 << 18,)), (1 << 19, (3000, 130))]), Columns([])]
+COLUMNS = [onebit.COLUMNS, Columns.of([(7, (1, 1 << 18)), (1 << 19, (3000, 130))]), Columns([])]
 
 
 @pytest.mark.parametrize("columns", COLUMNS, ids=lambda columns: str(columns.count))
