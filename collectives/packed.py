@@ -49,8 +49,8 @@ class Codec(Protocol):
     def pack_(
         self, values: torch.Tensor, residual: torch.Tensor | None, columns: Columns, packed: torch.Tensor
     ) -> bool:
-        """Pack values and what was left of those before; what is left now is in `residual`. Returns whether all of them,
-        and their sums over columns, are finite."""
+        """Pack values and what was left of those before; what is left now is in `residual`. Returns whether all are
+        finite, their sums over columns too."""
         ...
 
     def add_(self, out: torch.Tensor, packed: torch.Tensor, columns: Columns, fresh: bool) -> None:
