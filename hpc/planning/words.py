@@ -91,7 +91,7 @@ def buffering(steps: dict[str, Step], at: int) -> str:
             f"exchange, and a second turn, of smaller sub-batches and fixed costs, takes {span(more)} more."
         )
     if halves.seconds >= WORTH * whole.seconds:
-        turns = f" and a second turn's fixed costs are {span(more)}" if more > 0 else ""
+        turns = f", and a second turn's fixed costs are {span(more)}" if more > 0 else ""
         return (
             f"Double buffering does not pay: on {at} nodes it exchanges twice as much, of which {span(halves.visible)} "
             f"are not hidden instead of {span(whole.visible)}{turns}."
