@@ -70,6 +70,11 @@ class OneBitSGD(Strategy):
         local_adagrad: bool = False,
         adagrad_epsilon: Annotated[float, Gt(0)] = 1e-6,
     ):
+        if 0 < cold_start < 1:
+            raise ValueError(
+                f"strategy.cold_start = {cold_start} is no part of an epoch: it counts what the loss counts (frames, "
+                "words), from the start of training; give a number of them"
+            )
         super().__init__(comm, flat, rule, batch)
         self.halves = self.parts_of_a_batch(double_buffering=double_buffering)
         self.double_buffering, self.error_feedback = double_buffering, error_feedback
@@ -104,7 +109,8 @@ class OneBitSGD(Strategy):
         first, again = self.traffic()
         said = f"a bit a value; to owners {first:.1f}, back {again:.1f} times fewer bytes than float32"
         if self.cold_batches:
-            said += f"; float32 for the first {self.cold_batches * self.batch / self.halves:,.0f} that the loss counts"
+            first = self.cold_batches * self.batch / self.halves
+            said += f"; float32 for the first {first:,.0f} (frames, words: what the loss counts)"
         if self.double_buffering and not self.comm.threads:
             said += "; this MPI lets one thread call it only, so little of an exchange hides behind the next half batch"
         return {"said": said}

@@ -268,9 +268,9 @@ def _selection(recipe: Recipe, counted: float, parts: int, schedule: Schedule) -
     )
     if asked.every and not any(selection.due(at, schedule) for at in schedule.judgements()):
         raise RecipeError(
-            f"recipe key 'minibatch.every' = {asked.every}: with minibatch.stretch = {asked.stretch} no validation of "
-            f"this run's {math.ceil(schedule.steps * counted)} is late enough for it and has a stretch behind it; "
-            "expected less of either, or more validations (validate.every)"
+            f"recipe key 'minibatch.every' = {asked.every}: no validation is late enough for it and has "
+            f"minibatch.stretch = {asked.stretch} behind it, of {math.ceil(schedule.steps * counted)} that this run "
+            "trains on; expected less of either, more validations (validate.every), or minibatch.every = 0 (no trials)"
         )
     return selection
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.comm import Comm
-from hpc.bench import rounded, scratch
+from hpc.bench import rounded, say, scratch
 from hpc.bench_crew import Crew
 from hpc.bench_options import bits_of, link, numbers, positive
 from hpc.build import part_of, registry
@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
     ranks = _ranks(arguments, comm)
     nodes = _nodes(arguments, recipe, ranks)
     sizes = _sizes(recipe, nodes, ranks)
+    busy = counted(max(ranks, comm.size), "rank")
+    comm.on_root(lambda: say(f"measuring {arguments.recipe} here, {busy} at once ..."))
     if comm.alone:
         found = _measured_alone(recipe, comm, sizes, ranks, arguments.link is None)
     else:

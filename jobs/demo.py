@@ -94,6 +94,9 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         show(run(arguments.voices, arguments.data, arguments.run, arguments.ranks))
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

@@ -337,8 +337,10 @@ def test_a_roll_back_takes_back_what_is_left_and_keeps_the_law(trireme, tmp_path
     assert '"roll back"' in log and len(digests) == 1
 
 
-def test_a_batch_that_has_no_halves_is_refused(trireme, tmp_path):
+def test_a_batch_that_has_no_halves_and_a_part_of_an_epoch_are_refused(trireme, tmp_path):
     recipe = write_recipe(tmp_path, splits=4, batch=44)
+    done = trireme("train", recipe, 'strategy={name="onebit", cold_start=0.3}', code=None)
+    assert done.returncode and "strategy.cold_start = 0.3 is no part of an epoch" in done.stderr
     done = trireme("train", recipe, 'strategy={name="onebit", double_buffering=true}', code=None)
     assert done.returncode and "data.batch" in done.stderr and "multiple of 2 * splits = 8" in done.stderr
 

@@ -66,15 +66,15 @@ def packing(steps: dict[int, dict[str, Step]], at: int) -> str:
         plain, packed = steps[k]["float32"], steps[k][quickest(steps[k])]
         where = f"from {pays[0]} nodes on" if pays[-1] == max(steps) else f"on up to {pays[-1]} nodes"
         took = f"{span(packed.seconds)} instead of {span(plain.seconds)}"
-        return f"1-bit pays {where}: on {k} a minibatch takes {took}, {gains[k]:.1f} times as fast."
+        return f"Beside float32, 1-bit pays {where}: on {k} a minibatch takes {took}, {gains[k]:.1f} times as fast."
     plain, packed = steps[at]["float32"], steps[at][quickest(steps[at])]
     if plain.visible <= (1 - 1 / WORTH) * plain.seconds:
         left = f"but for {span(plain.visible)} of {span(plain.link)}"
-        return f"1-bit does not pay: on {at} nodes the exchange of float32 is hidden behind backward, {left}."
+        return f"Beside float32, whose exchange on {at} nodes is hidden behind backward, {left}, 1-bit does not pay."
     extra, saved = packed.work - plain.work + packed.compute - plain.compute, plain.visible - packed.visible
     return (
-        f"1-bit does not pay: on {at} nodes quantizing, adding up and unpacking take {span(max(extra, 0.0))} more, and "
-        f"smaller messages save {span(max(saved, 0.0))}."
+        f"Beside float32, 1-bit does not pay: on {at} nodes quantizing, adding up and unpacking take "
+        f"{span(max(extra, 0.0))} more, and smaller messages save {span(max(saved, 0.0))}."
     )
 
 
