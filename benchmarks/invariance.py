@@ -46,6 +46,8 @@ STRATEGIES = {
     "1-bit": 'strategy={name="onebit"}',
     "1-bit, double buffering after a cold start": 'strategy={name="onebit", double_buffering=true, cold_start=1000}',
     "1-bit, local AdaGrad, clipped": 'strategy={name="onebit", local_adagrad=true, clip_norm=1.0}',
+    "BMUF": 'strategy={name="bmuf", block_steps=5}',
+    "BMUF, stopped amid blocks": 'strategy={name="bmuf", block_steps=7, turn_steps=2, local_state="kept"}',
 }
 NOT_PROMISED = ("allreduce, ring",)
 

@@ -334,6 +334,20 @@ class Comm:
             self._world.Allgatherv(mine, (everyone, sizes))
         return everyone
 
+    def spread_(self, flat: torch.Tensor, pieces: list[list[tuple[int, int]]]) -> None:
+        """Fill `flat` in place with what other ranks hold of it (collective).
+
+        pieces  by rank: the floats [low, high) of it, one run or none, that this rank has
+        """
+        host = flat.cpu()
+        runs = [held[0] if held else (0, 0) for held in pieces]
+        counts, lows = [high - low for low, high in runs], [low for low, _ in runs]
+        with self._waits("all ranks' parts of the model"):
+            self._world.Allgatherv(MPI.IN_PLACE, [host.numpy(), counts, lows, MPI.FLOAT])
+        self.sent["share"] += 4 * counts[self.rank] * (self.size - 1)
+        if host is not flat:
+            flat.copy_(host)
+
     def from_root_(self, flat: torch.Tensor) -> None:
         """Overwrite `flat` with rank 0's on every rank, in place (collective)."""
         host = flat.cpu()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from collectives.allreduce import AllReduce
+from collectives.bmuf import BMUF
 from collectives.comm import Comm
 from collectives.onebit import OneBitSGD
 from hpc import optim
@@ -41,7 +42,7 @@ from models.task import Task
 
 UPDATES = 4  # that a minibatch size is tried on, at least
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
-STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD}
+STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD, "bmuf": BMUF}
 RULES: dict[str, type] = {
     "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,
     "adam": optim.Adam, "adamax": optim.Adamax,

@@ -21,6 +21,8 @@ FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "trireme_wait_all": ([POINTER, INT32, UINT32, INT32, INT64], INT32),
     "trireme_meet_and_sum": ([POINTER], INT32),
     "trireme_transpose": ([POINTER, POINTER, INT64, INT64, INT64], None),
+    "trireme_block": ([POINTER] * 4 + [INT64, POINTER], INT32),
+    "trireme_departure": ([POINTER] * 3 + [INT64, ctypes.c_float], None),
     "trireme_onebit_quantize": ([POINTER] * 3 + [INT64, POINTER, INT64], INT32),
     "trireme_onebit_accumulate": ([POINTER, POINTER, INT64, INT64, POINTER, INT64, INT32, INT64], None),
     **{f"trireme_{rule}": ([POINTER] * 4 + [INT64, POINTER], INT32)

@@ -55,6 +55,8 @@ def test_every_source_compiles_and_nothing_spills(architecture):
     assert {k.function for k in gpu.compiled("update.cu", architecture)} == {f"trireme_{rule}" for rule in SLOTS}
     both = {f"trireme_onebit_{name}" for name in ("quantize", "accumulate")}
     assert {k.function for k in gpu.compiled("onebit.cu", architecture)} == both
+    both = {"trireme_block", "trireme_departure"}
+    assert {k.function for k in gpu.compiled("block.cu", architecture)} == both
 
 
 @compiles
