@@ -49,6 +49,7 @@ class AllReduce(Strategy):
 
     shares_weights = True
     operational = ("bucket_mib", "overlap")
+    remedy = "lower optim.learning_rate or set strategy.clip_norm"
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class OneBitSGD(Strategy):
     adagrad_epsilon   added to that root
     """
 
+    remedy = "lower optim.learning_rate or set strategy.clip_norm"
+
     def __init__(
         self,
         comm: Comm,

@@ -95,6 +95,7 @@ class Strategy:
     rate: Rate
     shares_weights = False  # whether the ranks of an island may all compute on one buffer of weights (`Comm.common`)
     operational: tuple[str, ...] = ()  # options that do not change what is learned
+    remedy = "lower optim.learning_rate"  # what to do where numbers are not finite
 
     def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: float):
         self.comm, self.flat, self.rule, self.batch = comm, flat, rule, batch
@@ -146,8 +147,8 @@ class Strategy:
                 parameter = f"{self.flat.name_at(low + int(bad[0]))}, {len(bad)} values"
                 break
         self.fail(
-            f"{what} at update {self.updates} (rank {self.comm.rank}, {where}, parameter {parameter}); lower "
-            "optim.learning_rate or set strategy.clip_norm"
+            f"{what} at update {self.updates} (rank {self.comm.rank}, {where}, parameter {parameter}); "
+            f"{self.remedy}"
         )
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -94,6 +94,6 @@ def learn(job: Job, batch: Any, split: int, t: int, carry: Carry) -> tuple[int, 
         some = sorted({batch.key_of(i) for i in range(min(count, 5))})
         job.strategy.fail(
             f"the loss is {loss} at step {t} (rank {job.comm.rank}, split {split}, utterances "
-            f"{', '.join(some)} among others); lower optim.learning_rate or set strategy.clip_norm"
+            f"{', '.join(some)} among others); {job.strategy.remedy}"
         )
     return count, carry
