@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from onebit.accuracy_tables import draw, markdown, rates_of
-from onebit.an4 import RECIPE, ROOT, schedule, toml
 from onebit.rows import NETWORKS, REFERENCE, ROWS, Row, best_rate
+from runs import RECIPE, ROOT, schedule, toml, trireme
 
 from hpc.bench_options import numbers
 from hpc.records import read_records
@@ -175,20 +173,6 @@ class Bench:
             if not start / 100 < rate < start * 100:
                 break
             held[rate] = self.make(Setting(row, network, seed, rate, cold))
-
-
-def trireme(*words: object) -> tuple[int, float, str]:
-    """Run a command: its exit code, its seconds of processor time, and what it printed."""
-    command = [sys.executable, "-m", "mpi4py", "-m", "hpc", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout
-        said = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, used.ru_utime + used.ru_stime, said
 
 
 def majority(data: Path) -> float:

@@ -34,10 +34,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from onebit.an4 import ROOT
 from onebit.race import Race, race_setup
 from onebit.sides import RANKS, SIDES, WARM_UP, Lines, Team, burst_kib
 from onebit.tables import draw, markdown
+from runs import ROOT
 
 from hpc.bench import in_turns, machine, make_data, quotient, say, scratch, spread
 from hpc.bench_options import link as rate_of_a_link

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Protocol
 
-from onebit.an4 import spread
 from onebit.rows import REFERENCE, ROWS, Record, Row, best_rate
+from runs import spread
 
 from hpc.report_picture import LIGHT, dress, new_figure, png
 

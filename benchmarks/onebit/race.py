@@ -14,9 +14,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from onebit.an4 import RECIPE, ROOT, schedule, toml
 from onebit.sides import RANKS, RESTARTS, SIDES, Lines, burst_kib
 from onebit.tables import best_rate
+from runs import RECIPE, ROOT, schedule, toml
 
 from hpc.bench import say
 from hpc.bench_crew import outside_a_job

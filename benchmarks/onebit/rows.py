@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from onebit.an4 import rate_of_best
+from runs import rate_of_best
 
 Record = dict[str, Any]  # a finished run's
 

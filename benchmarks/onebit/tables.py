@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
-from onebit.an4 import rate_of_best, spread
+from runs import rate_of_best, spread
 
 from hpc.report_picture import LIGHT, dress, empty, fraction_axis, legend, new_figure, png, wide_scale
 
