@@ -48,6 +48,8 @@ STRATEGIES = {
     "1-bit, local AdaGrad, clipped": 'strategy={name="onebit", local_adagrad=true, clip_norm=1.0}',
     "BMUF": 'strategy={name="bmuf", block_steps=5}',
     "BMUF, stopped amid blocks": 'strategy={name="bmuf", block_steps=7, turn_steps=2, local_state="kept"}',
+    "elastic": 'strategy={name="elastic", block_steps=7, turn_steps=2}',
+    "master and slaves": 'strategy={name="master-slave", block_steps=5, tolerance=1.01}',
 }
 NOT_PROMISED = ("allreduce, ring",)
 

@@ -4,7 +4,7 @@ A block is so many minibatches of every split. Each split starts from the global
 with an update rule of its own, and leaves how far its model went; these departures, weighted by what the split counted
 in the block, are summed over all splits in their tree (`exchange.py`), and owners make the new global model of the sum,
 in one pass over memory (`kernels/block.py`). A rank that holds several splits trains their models one after another, so
-the number of ranks changes nothing. Source: paper 003, sections 2.1 and 2.2.
+the number of ranks changes nothing. Source: paper 003, sections 2.1 and 2.2; paper 000, section 4 (master and slaves).
 
 A split without data in a block departs nowhere and has no weight; a block that no split had data in changes nothing. A
 validation ends a block early, as the end of an epoch does: what is judged has learned all that was shown.
@@ -106,6 +106,7 @@ class Blocks(Strategy):
         self.start.copy_(self.flat.weights)
         self.weights.copy_(self.flat.weights[self.low : self.high])
         self.change.zero_()
+        self.held, self.kept = {}, {}
         self.comm.barrier()  # who goes on from here must find all of the start, which neighbours fill in, too
 
     def span(self, limit: int) -> int:
@@ -121,8 +122,9 @@ class Blocks(Strategy):
         self.since = 0  # batches whose gradient is not applied yet
         held = self.held.pop(split, None)
         self.flat.weights.copy_(self.start if held is None else held[WEIGHTS])
-        if held is None:
+        if not self.done:
             self.counted[split] = 0
+        if held is None:
             held = self._local_state(split)
         for name, slot in self.slots.items():
             slot.copy_(held[name]) if name in held else slot.zero_()
@@ -154,19 +156,27 @@ class Blocks(Strategy):
         self.since = 0
         self.gradient.zero_()
 
-    def leave(self, split: int) -> None:
+    def _learn_the_rest(self, split: int) -> None:
+        """What was learned from fewer batches than an update takes."""
         if self.since:
             self._learn(split)
+
+    def leave(self, split: int) -> None:
+        self._learn_the_rest(split)
         if not self.closing:
             self.held[split] = {WEIGHTS: self.flat.weights.clone(), **self._copied_slots()}
             return
         if self.local_state == "kept":
             self.kept[split] = self._copied_slots()
         count = self.counted[split]
-        depart_(self.flat.weights, self.start, float(count), self.exchange.enter(split))
+        if count:
+            depart_(self.flat.weights, self.start, float(count), self.exchange.enter(split))
+        else:
+            self.exchange.enter(split).zero_()
         self.exchange.stepped(split, count)
         for name, joining in self.averages.items():
-            torch.mul(self.slots[name], float(count), out=joining.exchange.enter(split))
+            leaf = joining.exchange.enter(split)
+            torch.mul(self.slots[name], float(count), out=leaf) if count else leaf.zero_()
             joining.exchange.stepped(split, count)
 
     def _copied_slots(self) -> dict[str, torch.Tensor]:

@@ -99,7 +99,9 @@ class Strategy:
 
     def __init__(self, comm: Comm, flat: Weights, rule: Rule, batch: float):
         self.comm, self.flat, self.rule, self.batch = comm, flat, rule, batch
-        self.evaluate: Callable[[], dict[str, float]] | None = None  # for strategies that judge models; set by build.py
+        # For strategies that judge models: the validation metrics of the model as it is, by all ranks together (False),
+        # or by this one alone (True). Set by build.py; None: there is no validation set.
+        self.evaluate: Callable[[bool], dict[str, float]] | None = None
         # Told of every part of an exchange, from any thread: its name ("bucket 3 reduce"), begin and end in
         # time.monotonic_ns(); set by build.py.
         self.note: Callable[[str, int, int], None] = lambda name, begin_ns, end_ns: None
@@ -189,6 +191,11 @@ class Strategy:
 
     def end(self) -> None:
         """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""
+
+    def told(self) -> dict[str, Any]:
+        """What it has to tell at a validation, once, for the journal: JSON values, the same on every rank. "stayed":
+        whether all that was learned since the last one was thrown away; the learning rate is halved then."""
+        return {}
 
     def state(self) -> State:
         """What is needed beside the weights to go on; observing changes nothing."""

@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc.orders import DRAW, Lanes, Order, Shuffled
+from hpc.orders import DRAW, Drawn, Lanes, Order, Shuffled
 from hpc.shards import Dataset
 from models.task import Piece, Task
 
 
 def make_order(
-    dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, runs: int, seed: int
+    dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, runs: int, seed: int,
+    draw: float = 0.0,
 ) -> Order:
     """The order that the task's unit asks for; see the orders' own arguments."""
+    common: dict[str, Any] = {"batch": batch, "split_frames": split_frames, "seed": seed}
     if task.unit == "stream":
-        return Lanes(dataset, task, n_splits, batch=batch, split_frames=split_frames)
-    return Shuffled(dataset, task, n_splits, batch=batch, split_frames=split_frames, runs=runs, seed=seed)
+        return Lanes(dataset, task, n_splits, draw=draw, **common)
+    if draw:
+        return Drawn(dataset, task, n_splits, draw=draw, runs=runs, **common)
+    return Shuffled(dataset, task, n_splits, runs=runs, **common)
 
 
 class Batches:

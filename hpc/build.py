@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from collectives.allreduce import AllReduce
+from collectives.averaging import MasterSlave
 from collectives.bmuf import BMUF
 from collectives.comm import Comm
+from collectives.elastic import Elastic
 from collectives.onebit import OneBitSGD
 from hpc import optim
 from hpc.batches import Batches, make_order
@@ -42,7 +44,9 @@ from models.task import Task
 
 UPDATES = 4  # that a minibatch size is tried on, at least
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
-STRATEGIES: dict[str, type] = {"allreduce": AllReduce, "onebit": OneBitSGD, "bmuf": BMUF}
+STRATEGIES: dict[str, type] = {
+    "allreduce": AllReduce, "onebit": OneBitSGD, "bmuf": BMUF, "elastic": Elastic, "master-slave": MasterSlave,
+}
 RULES: dict[str, type] = {
     "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,
     "adam": optim.Adam, "adamax": optim.Adamax,
@@ -167,7 +171,7 @@ def make_job(
     parts = kind.parts_of_a_batch(**options(recipe.strategy))
     order = made_everywhere(comm, lambda: make_order(
         train_set, task, comm.n_splits, batch=part_of(data.batch, parts, comm.n_splits),
-        split_frames=data.split_frames, runs=data.runs, seed=recipe.seed,
+        split_frames=data.split_frames, runs=data.runs, seed=recipe.seed, draw=data.draw,
     ))
     shared = kind.shares_weights and device.torch.type == "cpu"
     flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
@@ -175,6 +179,20 @@ def make_job(
     strategy = kind(comm, flat, rule, order.counted * parts, **options(recipe.strategy))
     watchdog.lost = comm.lost
     watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
+    apart = comm.apart()
+
+    def validate(alone: bool = False) -> dict[str, float]:
+        """The validation metrics of the model as it is: by all ranks together, or by this one alone."""
+        return evaluate(
+            task, model, rest[0], apart if alone else comm, device.place, device.autocast,
+            lambda: watchdog.beat("validating"),
+        )
+
+    def judge(alone: bool) -> dict[str, float]:
+        with meter("judge"):
+            return validate(alone)
+
+    strategy.evaluate = judge if rest else None
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
     comm.sent.clear()  # what was sent to measure is no part of the run
@@ -193,13 +211,6 @@ def make_job(
     saver = Saver(
         run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
     )
-
-    def validate() -> dict[str, float]:
-        return evaluate(
-            task, model, rest[0], comm, device.place, device.autocast, lambda: watchdog.beat("validating")
-        )
-
-    strategy.evaluate = validate if rest else None
     strategy.note = meter.note
     job = Job(
         comm, device, task, model, batches, strategy, schedule, _selection(recipe, order.counted, parts, schedule),

@@ -42,6 +42,10 @@ class Data(Section):
     validation: str = Field(default="", description="folder of the validation data set; empty: no validation")
     batch: int = Field(default=1024, ge=1, description="frames (or sequences) of one step over all splits together")
     split_frames: int = Field(default=262144, ge=1, description="frames of a split held in memory at a time")
+    draw: float = Field(
+        default=0.0, ge=0, le=1,
+        description="part of the data that every split draws anew each epoch, whatever others draw; 0: they share all",
+    )
     runs: int = Field(default=8, ge=1, description="contiguous runs that a split's frames are read from")
     stage: str = Field(default="", description="node-local folder to copy the shards to first; empty: read in place")
     verify: bool = Field(default=True, description="check every shard's SHA-256 once, before training")

@@ -25,7 +25,7 @@ from hpc.quantities import hidden_share, percent
 from hpc.runtime import Watchdog
 from hpc.spans import Spans
 
-PHASES = ("read", "forward", "backward", "exchange", "validate", "checkpoint", "select")
+PHASES = ("read", "forward", "backward", "exchange", "judge", "validate", "checkpoint", "select")
 
 
 class Journal(Protocol):
@@ -124,6 +124,7 @@ class Meter:
         self.spans, self.active, self.sent = spans or Spans(), active, sent
         self.at, self._rate = 0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)  # seconds of this rank since it started
+        self._under: list[tuple[str, int]] = []  # phases under way, one within the other, and since when
         self._clear(self.sent())
 
     def _clear(self, sent: dict[str, int]) -> None:
@@ -134,17 +135,24 @@ class Meter:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the seconds of a block as this phase's."""
+        """Count the seconds of a block as this phase's; those of a phase within it are that one's alone."""
         self.watchdog.beat(f"in phase '{phase}' after step {self.at}")
-        began = time.monotonic_ns()
+        now = time.monotonic_ns()
+        if self._under:
+            self._spent(*self._under[-1], now)
+        self._under.append((phase, now))
         try:
             yield
         finally:
-            ended = time.monotonic_ns()
-            self.spans.add(phase, began, ended)
-            seconds = (ended - began) / 1e9
-            self._seconds[phase] += seconds
-            self.totals[phase] += seconds
+            now = time.monotonic_ns()
+            self._spent(*self._under.pop(), now)
+            if self._under:
+                self._under[-1] = (self._under[-1][0], now)
+
+    def _spent(self, phase: str, began: int, ended: int) -> None:
+        self.spans.add(phase, began, ended)
+        self._seconds[phase] += (ended - began) / 1e9
+        self.totals[phase] += (ended - began) / 1e9
 
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
@@ -169,8 +177,10 @@ class Meter:
         self.spans.note(name, begin, end)
 
     def add(self, split: int, total: torch.Tensor, count: int) -> float:
-        """Take in a batch's summed loss; returns it as a number."""
+        """Take in a batch's summed loss, if it is finite; returns it as a number."""
         value = float(total.detach())
+        if not math.isfinite(value):
+            return value
         held = self._losses.setdefault(split, [0.0, 0])
         held[0] += value
         held[1] += count

@@ -82,10 +82,15 @@ class Shuffled(Order):
         # Where items begin, by row; rows need no list.
         self._starts = dataset.starts if task.unit == "sequence" else None
         total = dataset.rows if self._starts is None else dataset.utterances
-        super().__init__(dataset, task, total, n_splits, batch, split_frames)
+        self.items = total
+        super().__init__(dataset, task, self._of_an_epoch(n_splits), n_splits, batch, split_frames)
         self.seed = seed
-        self.run_items = max(1, math.ceil(min(self.steps_per_block * self.share, total / n_splits) / runs))
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.run_items = max(1, math.ceil(min(self.steps_per_block * self.share, self.total / n_splits) / runs))
+        self._drawn: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
+
+    def _of_an_epoch(self, n_splits: int) -> int:
+        """Items of an epoch over all splits."""
+        return self.items
 
     def load(self, split: int, epoch: int, block: int) -> Piece:
         runs = self.runs_of(split, epoch, block)
@@ -108,12 +113,16 @@ class Shuffled(Order):
 
     def runs_of(self, split: int, epoch: int, block: int) -> list[tuple[int, int]]:
         """The row ranges of a split's piece."""
-        low = block * self.steps_per_block * self.batch
-        begin = low + sum(self._share_of(block, s) for s in range(split))
-        found = self._stream(epoch, begin, begin + self._share_of(block, split))
+        found = self._ranges(split, epoch, block)
         if self._starts is None:
             return found
         return [(int(self._starts[first]), int(self._starts[last])) for first, last in found]
+
+    def _ranges(self, split: int, epoch: int, block: int) -> list[tuple[int, int]]:
+        """The ranges of items of a split's piece."""
+        low = block * self.steps_per_block * self.batch
+        begin = low + sum(self._share_of(block, s) for s in range(split))
+        return self._stream((epoch,), begin, begin + self._share_of(block, split))
 
     def _share_of(self, block: int, split: int) -> int:
         """How many of a block's items a split gets; no split gets fewer than the last."""
@@ -121,14 +130,14 @@ class Shuffled(Order):
         whole, rest = divmod(items, self.batch)
         return whole * self.share + rest // self.n_splits + (split < rest % self.n_splits)
 
-    def _stream(self, epoch: int, low: int, high: int) -> list[tuple[int, int]]:
-        """Ranges of items at the epoch's stream positions [low, high)."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            count = math.ceil(self.total / self.run_items)
-            order = generator(self.seed, ORDER, epoch).permutation(count)
-            sizes = np.minimum((order + 1) * self.run_items, self.total) - order * self.run_items
-            self._epoch = (epoch, order, np.concatenate([[0], np.cumsum(sizes)]))
-        _, order, edges = self._epoch
+    def _stream(self, key: tuple[int, ...], low: int, high: int) -> list[tuple[int, int]]:
+        """Ranges of items at positions [low, high) of the stream that is drawn by this key: an epoch, say."""
+        if self._drawn is None or self._drawn[0] != key:
+            count = math.ceil(self.items / self.run_items)
+            order = generator(self.seed, ORDER, *key).permutation(count)
+            sizes = np.minimum((order + 1) * self.run_items, self.items) - order * self.run_items
+            self._drawn = (key, order, np.concatenate([[0], np.cumsum(sizes)]))
+        _, order, edges = self._drawn
         found = []
         at = low
         while at < high:
@@ -140,20 +149,52 @@ class Shuffled(Order):
         return sorted(found)
 
 
+class Drawn(Shuffled):
+    """Rows or sequences of which every split draws a part of its own in every epoch, as if there were no other split.
+
+    Paper 000, section 4: "we partition the entire training data to batches, with possible overlapping between batches",
+    anew in each epoch; 25 x 0.1 and 50 x 0.05 of it in section 5.
+
+    draw  the part of all items that a split draws, none of them twice
+    """
+
+    def __init__(
+        self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, runs: int, seed: int,
+        draw: float,
+    ):
+        self.draw = draw
+        super().__init__(dataset, task, n_splits, batch=batch, split_frames=split_frames, runs=runs, seed=seed)
+
+    def _of_an_epoch(self, n_splits: int) -> int:
+        return n_splits * max(1, round(self.draw * self.items))
+
+    def _ranges(self, split: int, epoch: int, block: int) -> list[tuple[int, int]]:
+        low = block * self.steps_per_block * self.share
+        return self._stream((epoch, split), low, low + self._share_of(block, split))
+
+
 class Lanes(Order):
     """Running text, in its own order; the last rows, fewer than there are lanes, are left out.
+
+    draw  the part of the text that every split draws in an epoch, a stretch for each of its lanes that begins anywhere,
+          as paper 000's batches; 0: lanes share the text
 
     Raises ValueError if the task's steps and the splits do not divide `batch`, DataError if the text is too short.
     """
 
-    def __init__(self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int):
+    def __init__(
+        self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, seed: int = 0,
+        draw: float = 0.0,
+    ):
         lanes, rest = divmod(batch, task.steps)
         if rest or lanes % n_splits:
             raise ValueError(
                 f"data.batch = {batch} words are no whole number of lanes of task.steps = {task.steps} words for each "
                 f"of {n_splits} splits; use a multiple of {task.steps * n_splits}"
             )
-        self.length = (dataset.rows - 1) // lanes  # of a lane; every row has one after it, to be predicted
+        self.seed, self.draw = seed, draw
+        drawn = int(draw * (dataset.rows - 1)) * n_splits if draw else dataset.rows - 1
+        self.length = drawn // lanes  # of a lane; every row has one after it, to be predicted
         if not self.length:
             raise DataError(
                 f"data set '{dataset.folder}' has {dataset.rows} words, too few for {lanes} lanes; lower data.batch"
@@ -165,6 +206,9 @@ class Lanes(Order):
         low = block * self.steps_per_block * self.task.steps
         high = min(low + self.steps_per_block * self.task.steps, self.length)
         begins = [lane * self.length for lane in range(split * lanes, (split + 1) * lanes)]
+        if self.draw:
+            anywhere = generator(self.seed, ORDER, epoch, split)
+            begins = anywhere.integers(self.dataset.rows - self.length, size=lanes).tolist()
         piece = read_for(self.task, self.dataset, [(begin + low, begin + high) for begin in begins])
         self.task.check(piece)
         return piece

@@ -24,8 +24,8 @@ from hpc.summary import RunHistory, error_name, phases_in, time_by_rank
 WIDTH, DPI = 12.5, 128  # inches and dots an inch: 1600 pixels
 # Which of a theme's series a phase has; "compute" is what forward and backward were before they were told apart.
 PHASE_SERIES = {"compute": 0, "backward": 0, "forward": 5, "exchange": 1, "read": 3, "validate": 2, "checkpoint": 4,
-                "select": 6}
-WHITE_ON = ("compute", "backward", "exchange", "validate", "select")  # phases dark enough, in LIGHT, for white text
+                "select": 6, "judge": 6}
+WHITE_ON = ("compute", "backward", "exchange", "validate", "select", "judge")  # dark enough, in LIGHT, for white text
 LINES_AT_MOST = 8  # ranks drawn one line each; more become a band
 BARS_AT_MOST = 16  # ranks with a labelled bar
 

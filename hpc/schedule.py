@@ -170,12 +170,14 @@ class Schedule:
         self.policy, self.per_epoch, self.every = policy, per_epoch, every
         self.steps = policy.epochs * per_epoch
         self.validations = 0
+        self.damping = 1.0  # of the policy's rates
         self.best, self.best_at, self.since_best = math.inf, -1, 0
         self.stopped = ""
 
     def rate(self, at: int) -> Rate:
         """What the turn that begins at step `at` uses."""
-        return Rate(self.policy.rate(at / self.per_epoch, self.validations), at // self.per_epoch)
+        rate = self.damping * self.policy.rate(at / self.per_epoch, self.validations)
+        return Rate(rate, at // self.per_epoch)
 
     def next_judgement(self, at: int) -> int:
         """The next step at which rank 0 judges: a multiple of `every`, or an epoch's end; the last step always."""
@@ -189,9 +191,15 @@ class Schedule:
             at = self.next_judgement(at)
             yield at
 
-    def judge(self, at: int, loss: float) -> Verdict:
-        """Take in the judged metric at step `at`; `best_at == at` afterwards means that it is the best so far."""
-        verdict = self.policy.judge(loss, self.best)
+    def judge(self, at: int, loss: float, stayed: bool = False) -> Verdict:
+        """Take in the judged metric at step `at`; `best_at == at` afterwards means that it is the best so far.
+
+        stayed  whether the model is the one of the last judgement, as all that was learned was thrown away: the rate is
+                halved, whatever the policy, which is not asked (paper 000, Algorithm 2, would ask it, and stop)
+        """
+        if stayed:
+            self.damping /= 2
+        verdict: Verdict = "halve" if stayed else self.policy.judge(loss, self.best)
         self.validations += 1
         if loss < self.best:
             self.best, self.best_at, self.since_best = loss, at, 0
@@ -207,7 +215,7 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as JSON values (infinity as null)."""
-        own = {k: getattr(self, k) for k in ("validations", "best", "best_at", "since_best", "stopped")}
+        own = {k: getattr(self, k) for k in ("validations", "damping", "best", "best_at", "since_best", "stopped")}
         return _without_infinity(own | {"policy": _without_infinity(self.policy.state())})
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from hpc.quantities import bytes_sent, hidden_share
 from hpc.records import metrics_of, number, read_attempts, read_records
 
-PHASES = ("forward", "backward", "exchange", "read", "validate", "checkpoint", "select")
+PHASES = ("forward", "backward", "exchange", "read", "validate", "checkpoint", "judge", "select")
+SELDOM = ("judge", "select")  # of them, what few runs have
 COMPUTE = "compute"  # forward and backward in one, as runs were recorded before they were told apart
 OTHER = "other"  # what an interval took beyond its phases
 FINISHED, FAILED, PREEMPTED, OPEN = "finished", "failed", "preempted", "running or interrupted"
@@ -150,7 +151,7 @@ def time_by_rank(trains: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict
 def phases_in(spent: dict[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:
     """The phases to show of what `time_by_rank` found: COMPUTE where a run was recorded so, all others, OTHER."""
     together, apart = (any(row[p] for row in spent.values() for p in some) for some in ((COMPUTE,), PHASES[:2]))
-    named = [phase for phase in PHASES if phase != "select" or any(row[phase] for row in spent.values())]
+    named = [phase for phase in PHASES if phase not in SELDOM or any(row[phase] for row in spent.values())]
     return (*((COMPUTE,) if together else ()), *(named if apart or not together else named[2:]), OTHER)
 
 

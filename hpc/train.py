@@ -57,16 +57,18 @@ def judge(job: Job, at: int) -> bool:
         metrics = job.evaluate()
     if not math.isfinite(metrics[job.metric]):
         raise everywhere(TrainingFailed(f"validation {job.metric} is {metrics[job.metric]} at step {at}"))
-    rate = job.strategy.rate.learning_rate
-    verdict, state = comm.on_root(lambda: [schedule.judge(at, metrics[job.metric]), schedule.state()])
+    rate, told = job.strategy.rate.learning_rate, job.strategy.told()
+    stayed = told.get("stayed", False)
+    verdict, state = comm.on_root(lambda: [schedule.judge(at, metrics[job.metric], stayed), schedule.state()])
     schedule.restore(state)
     best = schedule.best_at == at
     epoch, frames = meter.progress(at)
     meter.journal.write(
         "validate", step=at, epoch=epoch, frames=frames, learning_rate=rate, verdict=verdict, best=best,
-        seconds=meter.totals["validate"] - seconds, **metrics,
+        seconds=meter.totals["validate"] - seconds, **metrics, **told,
     )
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    numbers += "".join(f"  {name} {value}" for name, value in told.items())
     meter.journal.show(at, f"epoch {epoch:.2f}  validation: {numbers}  -> {verdict}{', best so far' if best else ''}")
     if verdict == "roll back":
         job.saver.wait()

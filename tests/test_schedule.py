@@ -40,6 +40,16 @@ def test_halving_goes_on_halving_every_epoch_while_progress_is_large():
     assert seen == [(0.1, "continue"), (0.1, "halve"), (0.05, "halve"), (0.025, "halve"), (0.0125, "stop")]
 
 
+def test_a_model_that_stayed_is_no_result_and_halves_the_rate():
+    """All that was learned was thrown away: Algorithm 1 would take the same loss twice for the end."""
+    schedule = Schedule(Halving(0.1), 10)
+    verdicts = [schedule.judge(10 * k, loss, stayed) for k, (loss, stayed) in enumerate(
+        [(2.0, False), (2.0, True), (2.0, True), (1.5, False), (1.499, False)], 1
+    )]
+    assert verdicts == ["continue", "halve", "halve", "continue", "halve"] and not schedule.stopped
+    assert copied(schedule, Halving(0.1)).rate(50).learning_rate == pytest.approx(0.1 / 8)
+
+
 def test_newbob_rolls_back_a_worse_model_and_halves():
     seen, schedule = walk(Newbob(1.0), [2.0, 1.0, 1.2, 0.95, 0.9499])
     assert seen == [(1.0, "continue"), (1.0, "continue"), (1.0, "roll back"), (0.5, "halve"), (0.25, "stop")]

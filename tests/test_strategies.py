@@ -10,9 +10,11 @@ import torch
 from mpi4py import MPI
 
 from collectives.allreduce import AllReduce
+from collectives.averaging import MasterSlave
 from collectives.blocks import Blocks
 from collectives.bmuf import BMUF
 from collectives.comm import Comm
+from collectives.elastic import Elastic
 from collectives.onebit import OneBitSGD
 from collectives.strategy import Rate, TrainingFailed
 from hpc import optim
@@ -36,6 +38,8 @@ STRATEGIES = {
     "bmuf": partial(BMUF, block_steps=3, turn_steps=1),
     "bmuf, classical, state kept": partial(BMUF, block_steps=2, turn_steps=1, scheme="classical", local_state="kept"),
     "model and state averaged": partial(BMUF, block_steps=2, turn_steps=1, scheme="averaging", local_state="averaged"),
+    "elastic": partial(Elastic, block_steps=2, turn_steps=1),
+    "master and slaves": partial(MasterSlave, block_steps=2, turn_steps=1, tolerance=1.0, master_learning_rate=0.9),
 }
 RULES = {
     "sgd": lambda: optim.SGD(learning_rate=0.1),
@@ -62,10 +66,16 @@ class Problem:
         self.flat = Flat(self.model, memory.common if storage == "common" else partial(memory.zeros, device=CPU))
         self.comm.barrier()
         self.strategy = STRATEGIES[name](self.comm, self.flat, RULES[rule](), BATCH, **(options or {}))
+        self.strategy.evaluate = self.evaluate
         self.strategy.prepare()
         self.strategy.begin()
         self.dry = dry
         self.at = 0
+
+    def evaluate(self, alone):
+        inputs = torch.randn(40, 37, generator=torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            return {"loss": float(((self.model(inputs) - inputs[:, :13]) ** 2).mean())}
 
     def run(self, turns):
         for _ in range(turns):
@@ -177,6 +187,7 @@ def test_a_quadratic_is_brought_to_its_minimum():
         model = torch.nn.Linear(300, 1, bias=False)
         flat = Flat(model, partial(comm.memory.zeros, device=CPU))
         strategy = STRATEGIES[name](comm, flat, optim.SGD(learning_rate=0.1), SPLITS)
+        strategy.evaluate = lambda alone: {"loss": 1.0}
         strategy.prepare()
         strategy.begin()
         for t in range(400):

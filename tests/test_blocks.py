@@ -1,9 +1,10 @@
-"""Block training and BMUF: the paper's equations, what ships, who counts how much. The laws of all strategies are in
-test_strategies.py, the kernels' in test_block_kernel.py."""
+"""Block training: the papers' equations, what ships, who counts how much, who is turned away. The laws of all
+strategies are in test_strategies.py, the kernels' in test_block_kernel.py."""
 
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -12,8 +13,10 @@ from material import write_recipe
 from test_strategies import alone
 from test_training import kill, train, wait_for_step
 
+from collectives.averaging import MasterSlave
 from collectives.bmuf import BMUF, block_momentum_of
 from collectives.comm import Comm
+from collectives.elastic import Elastic
 from collectives.strategy import Rate, TrainingFailed
 from hpc import optim
 from hpc.config import read_toml
@@ -27,12 +30,16 @@ several = pytest.mark.mpi(ranks=[1, 2, 4], timeout=120)
 class Splits:
     """A vector that splits learn, by gradients that are told: of (split, minibatch, weights), and what they count."""
 
-    def __init__(self, comm, gradient, *, size=SIZE, count=lambda split, t: 1, rule=None, **options):
+    def __init__(
+        self, comm, gradient, *, kind=BMUF, size=SIZE, count=lambda split, t: 1, rule=None, loss=None, **options
+    ):
         torch.set_num_threads(1)
         self.comm, self.gradient, self.count = comm, gradient, count
         self.model = torch.nn.ParameterList([torch.zeros(size)])
         self.flat = Flat(self.model, partial(comm.memory.zeros, device=CPU))
-        self.strategy = BMUF(comm, self.flat, rule or optim.SGD(learning_rate=0.1), comm.n_splits, **options)
+        self.strategy = kind(comm, self.flat, rule or optim.SGD(learning_rate=0.1), comm.n_splits, **options)
+        if loss is not None:
+            self.strategy.evaluate = lambda alone: {"loss": loss(self.weights)}
         self.strategy.prepare()
         self.strategy.begin()
         self.at = 0
@@ -192,18 +199,116 @@ def test_averaging_has_no_block_momentum():
         Splits(comm, None, block_steps=1, scheme="averaging", block_momentum=0.5)
 
 
+@several
+def test_elastic_averaging_pulls_splits_and_centre_together():
+    """In float64. The first split has no data in every second block: it stays as it is and pulls nobody."""
+    splits, tau, blocks, rate, beta = 4, 2, 6, 0.1, 0.8
+    centres = torch.randn(splits, SIZE, generator=torch.Generator().manual_seed(3))
+
+    def count(split, t):
+        return 0 if split == 0 and t // tau % 2 else 1
+
+    found = Splits(
+        Comm(splits), lambda split, t, weights: weights - centres[split].to(weights.dtype), kind=Elastic, count=count,
+        block_steps=tau, moving_rate=beta, rule=optim.Momentum(learning_rate=rate, momentum=0.5),
+    ).run(tau * blocks, rate)
+    centre = torch.zeros(SIZE, dtype=torch.float64)
+    models, momenta = torch.zeros(2, splits, SIZE, dtype=torch.float64)
+    for block in range(blocks):
+        with_data = torch.tensor([count(split, block * tau) for split in range(splits)], dtype=torch.bool)
+        for _ in range(tau):
+            momenta[with_data] = 0.5 * momenta[with_data] + models[with_data] - centres[with_data]
+            models[with_data] -= rate * momenta[with_data]
+        apart = models[with_data] - centre
+        models[with_data] -= beta / splits * apart
+        centre = centre + beta * apart.mean(0)
+    torch.testing.assert_close(found.weights.double(), centre, rtol=1e-5, atol=1e-6)
+    for split in found.comm.splits:
+        own = found.strategy.held[split]["block.local.weights"][:SIZE].double()
+        torch.testing.assert_close(own, models[split], rtol=1e-5, atol=1e-6)
+
+
+def slaves(comm, gradient, *, loss=lambda weights: float((weights - 1).square().mean()), **options):
+    """Slaves that learn a vector of ones, from zeros."""
+    return Splits(comm, gradient, kind=MasterSlave, loss=loss, **options)
+
+
+@several
+def test_the_masters_update_of_equation_19():
+    alpha, beta, rate = 0.3, 0.01, 0.2
+    found = slaves(
+        Comm(4), lambda split, t, weights: weights - 1 - 0.1 * split, block_steps=3, master_learning_rate=alpha,
+        master_regularization=beta,
+    ).run(9, rate)
+    master = 0.0
+    for _ in range(3):
+        own = [master] * 4
+        for _ in range(3):
+            own = [w - rate * (w - 1 - 0.1 * split) for split, w in enumerate(own)]
+        master = (1 - beta) * master + alpha * (sum(own) / 4 - master)
+    torch.testing.assert_close(found.weights, torch.full((SIZE,), master), rtol=1e-5, atol=0)
+    assert found.strategy.told() == {"slaves": 12, "rejected": [], "stayed": False}
+    assert found.strategy.told()["slaves"] == 0, "told once"
+
+
+@several
+def test_slaves_that_got_worse_or_exploded_are_turned_away():
+    """Split 1 runs off, split 2 explodes: the master learns from the others alone, and counts right."""
+    def gradient(split, t, weights):
+        wrong = {1: 5.0, 2: math.inf if t else 1.0}.get(split)
+        return weights - 1 if wrong is None else torch.full((SIZE,), wrong)
+
+    found = slaves(
+        Comm(4), gradient, block_steps=2, master_learning_rate=1.0, master_regularization=0.0
+    ).run(2, 0.5)
+    torch.testing.assert_close(found.weights, torch.full((SIZE,), 0.75))
+    assert found.strategy.told() == {"slaves": 4, "rejected": [1, 2], "stayed": False}
+
+
+def test_without_rejection_both_spoil_the_master():
+    def gradient(split, t, weights):
+        return torch.full((SIZE,), 50.0) if split == 1 else weights - 1
+
+    options = {"block_steps": 2, "master_learning_rate": 1.0, "rejection": False, "loss": None}
+    found = slaves(alone().with_splits(4), gradient, **options).run(2, 0.5)
+    assert found.weights.mean() < -10 and found.strategy.told() == {}
+    with pytest.raises(TrainingFailed, match="split 1"):
+        bad = torch.full((SIZE,), math.nan)
+        slaves(alone().with_splits(4), lambda s, t, w: bad if s == 1 else torch.ones(SIZE), **options).run(2)
+
+
+@several
+def test_when_all_slaves_are_rejected_the_master_stays():
+    found = slaves(
+        Comm(4), lambda split, t, weights: weights - 1 if t < 2 else torch.full((SIZE,), 9.0), block_steps=2,
+        master_learning_rate=1.0, master_regularization=0.5,
+    ).run(2, 0.5)
+    before = found.weights.clone()
+    assert not found.strategy.told()["stayed"]
+    found.run(2, 0.5)
+    assert torch.equal(found.weights, before), "not even regularized"
+    assert found.strategy.told() == {"slaves": 4, "rejected": [0, 1, 2, 3], "stayed": True}
+
+
+def test_rejection_needs_a_validation_set():
+    with pytest.raises(ValueError, match=r"judges slaves by their loss on data\.validation"):
+        slaves(alone().with_splits(4), None, loss=None)
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 WHOLE = ('optim={name="momentum", learning_rate=0.05, momentum=0.5}', "schedule.epochs=3", "checkpoint.every=500")
 
 
 @pytest.mark.parametrize("options", [
-    'block_steps=7, turn_steps=3, local_state="kept"',
-    'block_steps=5, turn_steps=2, local_state="averaged", scheme="classical"',
+    'name="bmuf", block_steps=7, turn_steps=3, local_state="kept"',
+    'name="bmuf", block_steps=5, turn_steps=2, local_state="averaged", scheme="classical"',
+    'name="elastic", block_steps=7, turn_steps=3',
+    'name="master-slave", turn_steps=3, tolerance=1.01, master_learning_rate=0.5',
 ])
 def test_a_whole_run_keeps_the_law_killed_and_resumed_amid_a_block(trireme, start, tmp_path, options):
     recipe = write_recipe(tmp_path)
-    changes = (f'strategy={{name="bmuf", {options}}}', *WHOLE)
+    changes = (f"strategy={{{options}}}", *WHOLE)
     digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
     assert len(set(digests.values())) == 1, digests
     states = [json.loads(path.read_text()) for path in (tmp_path / "run2/checkpoints").glob("step-*/state.json")]
@@ -232,6 +337,24 @@ def test_what_is_shipped_is_what_was_validated(trireme, tmp_path):
     best = min(r["loss"] for r in records if r["event"] == "validate")
     shown = json.loads(trireme("evaluate", run, read_toml(recipe)["data"]["validation"], "--json").stdout)
     assert shown["loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
+    """A rate at which every slave of the first epochs is lost: the master stays until it has been halved enough."""
+    recipe = write_recipe(tmp_path)
+    changes = (
+        'strategy={name="master-slave", master_learning_rate=1.0}', 'optim={name="sgd", learning_rate=200.0}',
+        "data.draw=0.6", "schedule={name='halving', epochs=12}", "validate.every=0",
+    )
+    digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    assert len(digests) == 1
+    lines = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
+    judged = [line for line in lines if line["event"] == "validate"]
+    assert judged[0]["rejected"] == [0, 1, 2, 3] and judged[0]["slaves"] == 4 and judged[0]["verdict"] == "halve"
+    rates = [line["learning_rate"] for line in judged]
+    stayed = [line["stayed"] for line in judged]
+    assert all(after == before / 2 for before, after, same in zip(rates, rates[1:], stayed, strict=False) if same)
+    assert not all(stayed) and min(line["loss"] for line in judged) < judged[0]["loss"]
 
 
 def test_mistakes_are_explained(trireme, tmp_path):
