@@ -64,9 +64,10 @@ def evaluate(
 
 def count_of(task: Task, dataset: Dataset) -> int:
     """What the task's metrics count in a data set: frames, sentences, words."""
-    if task.unit == "stream":
+    unit = task.judged or task.unit
+    if unit == "stream":
         return dataset.rows - 1
-    return dataset.rows if task.unit == "row" or task.per_row else dataset.utterances
+    return dataset.rows if unit == "row" or task.per_row else dataset.utterances
 
 
 Runs = list[tuple[int, int]]  # row ranges [low, high)
@@ -74,11 +75,12 @@ Runs = list[tuple[int, int]]  # row ranges [low, high)
 
 def pieces_of(task: Task, dataset: Dataset) -> list[Runs]:
     """The row ranges of every piece of a data set, in order."""
-    if task.unit == "stream":
+    unit = task.judged or task.unit
+    if unit == "stream":
         return _stretches(dataset.rows - 1)  # every row but the first is predicted
     edges = range(0, dataset.rows, PIECE_ROWS)
     windows = [(low, min(low + PIECE_ROWS, dataset.rows)) for low in edges]
-    return [[window] for window in windows] if task.unit == "row" else whole_pieces(dataset)
+    return [[window] for window in windows] if unit == "row" else whole_pieces(dataset)
 
 
 def whole_pieces(dataset: Dataset) -> list[Runs]:
@@ -103,7 +105,7 @@ def batches_of(
     task: Task, dataset: Dataset, runs: Runs, place: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[Any]:
     """The batches of a piece, in order."""
-    piece = read_for(task, dataset, runs)
+    piece = read_for(task, dataset, runs, task.judged)
     task.check(piece)
     share = _items_of_a_batch(task, piece)
     piece.move_(place)
@@ -112,9 +114,9 @@ def batches_of(
 
 
 def _items_of_a_batch(task: Task, piece: Piece) -> int:
-    if task.unit == "stream":
+    if piece.unit == "stream":
         return task.steps * piece.lanes
-    if task.unit == "row":
+    if piece.unit == "row":
         return BATCH_ROWS
     longest = int((piece.last - piece.first).max()) + 1
     return max(1, BATCH_ROWS // longest)

@@ -22,7 +22,7 @@ import math
 import numpy as np
 import torch
 
-from hpc.pieces import empty_piece, read_for
+from hpc.pieces import empty_piece, item_starts, read_for
 from hpc.shards import DataError, Dataset
 from models.task import Piece, Task
 
@@ -43,6 +43,7 @@ class Order:
     n_splits      the recipe's splits; must divide `batch`
     batch         items of a step over all splits
     split_frames  rows of a split's piece, about; one step's at least
+    rows          that an item has, on average
 
     share            items of a split's step
     per_epoch        steps
@@ -52,13 +53,14 @@ class Order:
     Raises ValueError if `n_splits` does not divide `batch`.
     """
 
-    def __init__(self, dataset: Dataset, task: Task, total: int, n_splits: int, batch: int, split_frames: int):
+    def __init__(
+        self, dataset: Dataset, task: Task, total: int, n_splits: int, batch: int, split_frames: int, rows: float = 1.0
+    ):
         if batch % n_splits:
             raise ValueError(f"data.batch = {batch} is no multiple of splits = {n_splits}; use one that is")
         self.dataset, self.task, self.total, self.n_splits, self.batch = dataset, task, total, n_splits, batch
         self.share = batch // n_splits
         self.per_epoch = math.ceil(total / batch)
-        rows = dataset.rows / dataset.utterances if task.unit == "sequence" else 1  # an item has, on average
         # No longer than an even cut of the data: a small set is still many runs, dealt to all splits.
         self.steps_per_block = max(1, min(int(split_frames / rows) // self.share, self.per_epoch))
         self.blocks = math.ceil(self.per_epoch / self.steps_per_block)
@@ -79,11 +81,11 @@ class Shuffled(Order):
     def __init__(
         self, dataset: Dataset, task: Task, n_splits: int, *, batch: int, split_frames: int, runs: int, seed: int
     ):
-        # Where items begin, by row; rows need no list.
-        self._starts = dataset.starts if task.unit == "sequence" else None
-        total = dataset.rows if self._starts is None else dataset.utterances
-        self.items = total
-        super().__init__(dataset, task, self._of_an_epoch(n_splits), n_splits, batch, split_frames)
+        self._starts = item_starts(dataset, task.unit, task.steps)
+        self.items = dataset.rows if self._starts is None else len(self._starts) - 1
+        super().__init__(
+            dataset, task, self._of_an_epoch(n_splits), n_splits, batch, split_frames, dataset.rows / self.items
+        )
         self.seed = seed
         self.run_items = max(1, math.ceil(min(self.steps_per_block * self.share, self.total / n_splits) / runs))
         self._drawn: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
@@ -99,7 +101,7 @@ class Shuffled(Order):
         piece = read_for(self.task, self.dataset, runs)
         self.task.check(piece)
         piece.take_(torch.from_numpy(generator(self.seed, SHUFFLE, epoch, block, split).permutation(len(piece))))
-        if self._starts is not None:
+        if self.task.unit == "sequence":
             whole = self._share_of(block, self.n_splits - 1) // self.share  # batches that every split has
             self._group_by_length(piece, generator(self.seed, LENGTHS, epoch, block).permutation(whole))
         return piece

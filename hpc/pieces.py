@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from hpc.shards import Dataset
-from models.task import Piece, Task
+from models.chunks import chunk_starts
+from models.task import Piece, Task, Unit
 
 
 def read_piece(dataset: Dataset, runs: Iterable[tuple[int, int]], margin: int = 0) -> Piece:
@@ -52,7 +53,47 @@ def read_sequences(dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
     """Read the utterances that these row ranges hold whole; every utterance is an item."""
     piece = read_piece(dataset, runs)
     piece.take_(torch.nonzero(piece.items == piece.first).flatten())
+    piece.unit = "sequence"
     return piece
+
+
+def read_chunks(dataset: Dataset, runs: Iterable[tuple[int, int]], centre: int, margin: int) -> Piece:
+    """Read row ranges that hold whole chunks, so many rows of an utterance each, with rows on either side; every chunk
+    is an item, its first row."""
+    runs = list(runs)
+    begins = _chunk_starts(dataset, centre)
+    at, positions = 0, []
+    for low, high in runs:
+        first, last = np.searchsorted(begins, [low, high])
+        positions.append(begins[first:last] - low + at)
+        at += high - low
+    piece = read_piece(dataset, runs, margin)
+    piece.take_(torch.from_numpy(np.concatenate(positions)))
+    piece.unit = "chunk"
+    return piece
+
+
+def read_lanes(dataset: Dataset, runs: Iterable[tuple[int, int]], margin: int) -> Piece:
+    """Read row ranges of one length, a lane each, with rows on either side; items are [steps, lanes], flat."""
+    runs = list(runs)
+    piece = read_piece(dataset, runs, margin)
+    piece.take_(torch.arange(len(piece)).view(len(runs), -1).T.flatten())
+    piece.unit, piece.lanes = "stream", len(runs)
+    return piece
+
+
+def item_starts(dataset: Dataset, unit: Unit, steps: int) -> np.ndarray | None:
+    """The row that every item begins at, and where the last one ends, int64 [N + 1]; None: every row is an item.
+
+    steps  rows of a chunk; an utterance's last may be shorter
+    """
+    if unit == "sequence":
+        return dataset.starts
+    return _chunk_starts(dataset, steps) if unit == "chunk" else None
+
+
+def _chunk_starts(dataset: Dataset, centre: int) -> np.ndarray:
+    return chunk_starts(torch.from_numpy(np.asarray(dataset.starts, np.int64)), centre).numpy()
 
 
 def read_stream(dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
@@ -68,7 +109,7 @@ def read_stream(dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
         step, lane = divmod(position, len(runs))
         return dataset.key(dataset.utterance_at(runs[lane][0] + step))
 
-    return Piece(fields, items, *whole, key_of, lanes=len(runs))
+    return Piece(fields, items, *whole, key_of, lanes=len(runs), unit="stream")
 
 
 def empty_piece() -> Piece:
@@ -82,11 +123,16 @@ def whole_utterances(dataset: Dataset, low: int, high: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def read_for(task: Task, dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
-    """Read row ranges as the task's items."""
-    if task.unit == "row":
+def read_for(task: Task, dataset: Dataset, runs: Iterable[tuple[int, int]], unit: Unit | None = None) -> Piece:
+    """Read row ranges as the task's items, or as items of another unit."""
+    unit = unit or task.unit
+    if unit == "row":
         return read_piece(dataset, runs, task.margin)
-    return (read_sequences if task.unit == "sequence" else read_stream)(dataset, runs)
+    if unit == "chunk":
+        return read_chunks(dataset, runs, task.steps, task.margin)
+    if unit == "stream" and task.margin:
+        return read_lanes(dataset, runs, task.margin)
+    return (read_sequences if unit == "sequence" else read_stream)(dataset, runs)
 
 
 def _rows(

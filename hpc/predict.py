@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, comm: Comm) -> int:
 
 
 def _check(arguments: argparse.Namespace, task: Task) -> None:
-    if task.unit == "stream":
+    if (task.judged or task.unit) == "stream":
         raise ValueError("this run's task predicts the words of running text; there are no outputs to write for it")
     compare_fields(read_data(arguments.run)["fields"], read_manifest(arguments.data)["fields"], str(arguments.data))
 

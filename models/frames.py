@@ -1,14 +1,15 @@
 """The frames task: every frame's class (senone, phone state, speaker), by a CD-DNN or by recurrent layers.
 
-A DNN sees a window of frames; its items are frames. Recurrent layers see whole utterances, which are their items then
-(epoch-wise BPTT); padding never counts.
+A DNN sees a window of frames; its items are frames. What recurrent layers see at a time, and what their items are, is
+`bptt`: whole utterances, chunks of them with context, or lanes of running frames (`chunks.py`); padding never counts.
 
 Source: paper 002, sections 2 and 5 (P(s|o) of a tied state from an observation vector; 7 hidden layers of 2048 to 9304
 senones), sigmoid, ReLU, or matrices factored by SVD (table 2, whose low-latency front-end is not here); paper 003,
-section 3.1 (11 frames of input); paper 001, section 3.5 (SRU and bidirectional SRU acoustic models).
+section 3.1 (11 frames of input; bidirectional LSTM by epoch-wise and context-sensitive-chunk BPTT); paper 001, section
+3.5 (SRU and bidirectional SRU acoustic models).
 
-Legend: B frames of a batch or utterances, T frames of the longest, N of all, W = 2 * context + 1 frames of a window, D
-values a frame, C classes.
+Legend: B frames of a batch, N labels of a batch, M outputs, W = 2 * context + 1 frames of a window, D values a frame, C
+classes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch.nn import functional
 
-from models.layers.acoustic import DNN, AcousticRNN, dnn_sizes, within
+from models.chunks import Chunk, Cutter, SequenceBatch
+from models.layers.acoustic import DNN, AcousticRNN, dnn_sizes
 from models.layers.factored import Factored, factors, largest_rank
 from models.layers.recurrent import FORGET_BIAS
-from models.task import Carry, Loss, Piece, Sums, Task, Tensors
+from models.task import Carry, Loss, Piece, Sums, Task, Tensors, Unit
 
 # What a network may have; the first is what it has if nothing is said.
 OF_SRU = ("tanh", "relu", "identity")
@@ -32,25 +34,27 @@ ACTIVATIONS = {"dnn": ("sigmoid", "relu"), "sru": OF_SRU, "sru-later": OF_SRU}
 
 
 class FrameBatch(NamedTuple):
-    """Windows of frames, or of utterances side by side.
+    """Windows of frames.
 
-    inputs   raw features, float32: [B, W, D], or [T, B, W, D]
-    labels   int64 [B], or [N], utterance after utterance
+    inputs   raw features, float32 [B, W, D]
+    labels   int64 [B]
     key_of   maps a position in `labels` to its utterance's key
-    lengths  int64 [B], of utterances
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     key_of: Callable[[int], str]
-    lengths: torch.Tensor | None = None
 
 
 class Frames(Task):
     """Frame classification with cross-entropy; metrics: loss (nats a frame) and frame_error.
 
     data         field descriptions of the training set: features (width, mean, std), labels (classes, names, counts)
-    network        "dnn", or a kind of recurrent layer: data.batch counts utterances then
+    network        "dnn", or a kind of recurrent layer
+    bptt           recurrent layers: "utterance", "chunks" or "truncated" (see `chunks.py`). What data.batch counts, and
+                   the data is dealt to splits by: utterances, chunks, or frames (lanes times the chunk's frames)
+    chunk          of "chunks", "21-64+21" if nothing is said, and of "truncated", "20"; "64+21" for both directions
+    delay          recurrent layers of one direction, not with "chunks": frames that outputs come later
     bidirectional  recurrent layers: whether they also run from the last frame to the first
     context        frames stacked on either side, repeated at the utterance's edges
     layers         hidden layers
@@ -78,6 +82,9 @@ class Frames(Task):
         data: Mapping[str, Any],
         *,
         network: Literal["dnn", "sru", "sru-later", "lstm", "gru", "qrnn"] = "dnn",
+        bptt: Literal["utterance", "chunks", "truncated"] = "utterance",
+        chunk: str = "",
+        delay: Annotated[int, Ge(0)] = 0,
         bidirectional: bool = False,
         context: Annotated[int, Ge(0)] = 5,
         layers: Annotated[int, Ge(0)] = 3,
@@ -96,9 +103,12 @@ class Frames(Task):
                 f"task.activation = '{activation}' is none that task.network = '{network}' has; "
                 f"{'choose one of ' + ', '.join(known) if known[0] else 'leave it out'}"
             )
-        if network == "dnn" and (bidirectional or variational or forget_bias != FORGET_BIAS):
+        if network == "dnn" and (
+            bidirectional or variational or forget_bias != FORGET_BIAS or bptt != "utterance" or chunk or delay
+        ):
             raise ValueError(
-                "task.bidirectional, task.variational and task.forget_bias are for recurrent networks; set task.network"
+                "task.bidirectional, task.bptt, task.chunk, task.delay, task.variational and task.forget_bias are for "
+                "recurrent networks; set task.network"
             )
         if network != "dnn" and factored:
             raise ValueError(f"task.factored is for task.network = 'dnn', this is '{network}'; leave it out")
@@ -106,8 +116,10 @@ class Frames(Task):
             raise ValueError(f"task.layers = 0: task.network = '{network}' needs at least one")
         self.network, self.bidirectional = network, bidirectional
         self.variational, self.forget_bias = variational, forget_bias
-        self.unit = "row" if network == "dnn" else "sequence"
-        self.margin = context
+        self.offsets = torch.arange(-context, context + 1)
+        self.bptt, self.margin = bptt, context
+        if network != "dnn":
+            self._settle_cutting(chunk, delay)
         self.layers, self.width, self.activation, self.dropout = layers, width, activation or known[0], dropout
         self.init, self.init_range, self.factored = init, init_range, factored
         self.mean = torch.tensor(data["features"]["mean"], dtype=torch.float32)
@@ -121,13 +133,38 @@ class Frames(Task):
                 f"task.factored = {factored} would make no matrix of this network smaller; "
                 + (f"choose at most {largest}" if largest else "leave it out")
             )
-        self.offsets = torch.arange(-context, context + 1)
+
+    def _settle_cutting(self, chunk: str, delay: int) -> None:
+        """What recurrent layers see at a time. Raises ValueError for what does not go together."""
+        both, context = self.bidirectional, self.margin
+        if self.bptt == "utterance" and chunk:
+            raise ValueError(f"task.chunk = '{chunk}' goes with task.bptt = 'chunks' or 'truncated'")
+        if delay and (both or self.bptt == "chunks"):
+            raise ValueError(
+                f"task.delay = {delay} is for layers of one direction that go on; chunks and layers of both directions "
+                "see ahead by themselves: leave it out"
+            )
+        self.unit: Unit
+        self.unit, self.judged = "sequence", "sequence"
+        cut = None
+        if self.bptt == "chunks":
+            cut = Chunk.of(chunk or "21-64+21")
+            self.unit, self.steps, self.margin = "chunk", cut.centre, max(cut.left, cut.right) + context
+        elif self.bptt == "truncated":
+            cut = Chunk.of(chunk or ("64+21" if both else "20"))
+            if cut.left or bool(cut.right) != both:
+                raise ValueError(
+                    f"task.chunk = '{chunk}': with task.bptt = 'truncated' the past is in the state, and frames ahead "
+                    "are for layers of both directions; write '20', or, with task.bidirectional, '64+21'"
+                )
+            self.unit, self.steps, self.margin = "stream", cut.centre, max(cut.right + context, context, delay, 1)
+        self.cutter = Cutter(cut, context, delay)
 
     def _sizes(self) -> list[tuple[int, int]]:
-        return dnn_sizes((2 * self.margin + 1) * len(self.mean), self.layers, self.width, self.classes)
+        return dnn_sizes(len(self.offsets) * len(self.mean), self.layers, self.width, self.classes)
 
     def model(self) -> torch.nn.Module:
-        window = 2 * self.margin + 1
+        window = len(self.offsets)
         if self.network == "dnn":
             return DNN(
                 self.mean, self.deviation, window, self.layers, self.width, self.classes, self.activation, self.dropout,
@@ -201,46 +238,56 @@ class Frames(Task):
                 f"0 to {self.classes - 1}; run 'trireme prepare' again with the right --classes"
             )
 
-    def collate(self, piece: Piece, low: int, high: int) -> FrameBatch:
+    def collate(self, piece: Piece, low: int, high: int) -> FrameBatch | SequenceBatch:
+        if self.network != "dnn":
+            return self._cut(piece, low, high)
         items = piece.items[low:high]
         if self.offsets.device != items.device:
             self.offsets = self.offsets.to(items.device)
-        if self.unit == "sequence":
-            return self._utterances(piece, low, high)
         window = items[:, None] + self.offsets
         window = torch.minimum(torch.maximum(window, piece.first[low:high, None]), piece.last[low:high, None])
         inputs = piece.fields["features"].index_select(0, window.flatten()).view(*window.shape, -1)
         labels = piece.fields["labels"].index_select(0, items).long()
         return FrameBatch(inputs, labels, lambda position: piece.key_of(low + position))
 
-    def _utterances(self, piece: Piece, low: int, high: int) -> FrameBatch:
-        first, last = piece.first[low:high], piece.last[low:high]
-        lengths = last - first + 1
-        rows_TB = torch.arange(int(lengths.max()), device=first.device)[:, None] + first
-        window = torch.minimum(torch.maximum(rows_TB[..., None] + self.offsets, first[:, None]), last[:, None])
-        inputs = piece.fields["features"].index_select(0, window.flatten()).view(*window.shape, -1)
-        rows = rows_TB.T[within(lengths, len(rows_TB))]
-        ends = lengths.cumsum(0)
-        return FrameBatch(
-            inputs, piece.fields["labels"].index_select(0, rows).long(),
-            lambda position: piece.key_of(low + int(torch.searchsorted(ends, position, right=True))), lengths,
-        )
+    def _cut(self, piece: Piece, low: int, high: int) -> SequenceBatch:
+        """Items of recurrent layers: what the piece's are, which may be whole utterances to be decoded."""
+        if piece.unit == "chunk":
+            return self.cutter.chunks(piece, low, high)
+        if piece.unit == "stream":
+            return self.cutter.stretch(piece, low, high)
+        if self.bptt == "chunks":
+            return self.cutter.overlapping(piece, low, high)
+        if self.bptt == "truncated" and self.bidirectional:
+            return self.cutter.in_turn(piece, low, high)
+        return self.cutter.utterances(piece, low, high)
 
-    def _logits(self, model: torch.nn.Module, batch: FrameBatch) -> torch.Tensor:
-        out = model(batch.inputs) if batch.lengths is None else model(batch.inputs, batch.lengths)
-        return out.float()
+    def _outputs(
+        self, model: torch.nn.Module, batch: FrameBatch | SequenceBatch, carry: Carry
+    ) -> tuple[torch.Tensor, Carry]:
+        """A logit, or log posterior, of every label's frame [N, C], and what the next batch starts from."""
+        if isinstance(batch, FrameBatch):
+            return model(batch.inputs).float(), None
+        state, outputs = batch.started(carry), []
+        for part in batch.parts:
+            logits_MC, state = model(*part[:3], state, part.kept)
+            outputs.append(logits_MC.float())
+        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return batch.by_label(whole), batch.carried(state)
 
-    def loss(self, model: torch.nn.Module, batch: FrameBatch, carry: Carry) -> Loss:
-        loss = functional.cross_entropy(self._logits(model, batch), batch.labels, reduction="sum")
-        return loss, len(batch.labels), None
+    def loss(self, model: torch.nn.Module, batch: FrameBatch | SequenceBatch, carry: Carry) -> Loss:
+        logits_NC, carry = self._outputs(model, batch, carry)
+        return functional.cross_entropy(logits_NC, batch.labels, reduction="sum"), len(batch.labels), carry
 
-    def metrics(self, model: torch.nn.Module, batch: FrameBatch, carry: Carry) -> tuple[Sums, Carry]:
-        logits_BC = self._logits(model, batch)
-        loss = functional.cross_entropy(logits_BC, batch.labels, reduction="none").double().sum()
-        errors = (logits_BC.argmax(1) != batch.labels).sum()
+    def metrics(
+        self, model: torch.nn.Module, batch: FrameBatch | SequenceBatch, carry: Carry
+    ) -> tuple[Sums, Carry]:
+        logits_NC, carry = self._outputs(model, batch, carry)
+        loss = functional.cross_entropy(logits_NC, batch.labels, reduction="none").double().sum()
+        errors = (logits_NC.argmax(1) != batch.labels).sum()
         count = float(len(batch.labels))
-        return {"loss": (float(loss.detach()), count), "frame_error": (float(errors), count)}, None
+        return {"loss": (float(loss.detach()), count), "frame_error": (float(errors), count)}, carry
 
-    def predict(self, model: torch.nn.Module, batch: FrameBatch) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, batch: FrameBatch | SequenceBatch) -> torch.Tensor:
         """Log posteriors, nats: [B, C], or [N, C], utterance after utterance."""
-        return functional.log_softmax(self._logits(model, batch), 1)
+        return functional.log_softmax(self._outputs(model, batch, None)[0], 1)

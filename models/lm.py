@@ -18,7 +18,7 @@ from annotated_types import Ge, Lt
 from torch.nn import functional
 
 from models.layers.recurrent import FORGET_BIAS, Kind, Recurrent, State
-from models.task import Carry, Loss, Piece, Sums, Task
+from models.task import Carry, Loss, Piece, Sums, Task, Unit
 
 Rate = Annotated[float, Ge(0), Lt(1)]
 MOST_NATS = 700.0  # a word's loss whose perplexity is still a float64
@@ -89,7 +89,7 @@ class LanguageModel(Task):
     """
 
     fields: tuple[str, ...] = ("words",)
-    unit: Literal["row", "sequence", "stream"] = "stream"
+    unit: Unit = "stream"
     noun = "words"
 
     def __init__(

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from models.layers.recurrent import FORGET_BIAS, Recurrent
 from models.layers.wide_cnn import WideCNN
-from models.task import Carry, Loss, Piece, Sums, Task
+from models.task import Carry, Loss, Piece, Sums, Task, Unit
 from models.word_vectors import read_vectors
 
 HALF_RANGE = 0.25  # of words that no file gives a vector (Kim 2014, section 3.1)
@@ -87,7 +87,7 @@ class Sentences(Task):
 
     fields: tuple[str, ...] = ("words",)
     targets: tuple[str, ...] = ("labels",)
-    unit: Literal["row", "sequence", "stream"] = "sequence"
+    unit: Unit = "sequence"
     noun: str = "sentences"
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+Unit = Literal["row", "sequence", "chunk", "stream"]
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count): additive, divided once, at the very end
 Carry = tuple[torch.Tensor, ...] | None  # what a split's next batch starts from (hidden state); None: from nothing
 Tensors = dict[str, torch.Tensor]  # a model's parameters and buffers by name
@@ -29,6 +30,7 @@ class Piece:
     targets   field with rows of its own -> its rows [R', ...] and where each utterance's begin, int64 [U + 1]
     sequence  int64 [N]: each item's utterance, counted as in `targets`
     lanes     unit "stream": sequences side by side; `items` of a batch are [steps, lanes], laid flat
+    unit      what the items are
     """
 
     fields: dict[str, torch.Tensor]
@@ -39,6 +41,7 @@ class Piece:
     targets: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     sequence: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lanes: int = 1
+    unit: Unit = "row"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -63,16 +66,19 @@ class Task(Protocol):
 
     fields   the fields that its data sets must hold, row by row in step
     targets  the fields that have rows of their own for every utterance (unit "sequence" only)
-    unit     what an item is: a "row" (frame), a whole "sequence", or a row of running text, a "stream"
+    unit     what an item is: a "row" (frame), a whole "sequence", a "chunk" of one, or a row of a running "stream"
+    judged   what an item is in evaluation and prediction, if that is another: "sequence"
     noun     the plural of what the loss counts, for people: "frames", "sentences", "words"
-    margin   unit "row": rows of context that an item needs on either side, within its utterance
-    per_row  unit "sequence": whether the loss counts rows (a label a frame), not sequences
-    steps    unit "stream": the steps of a batch, over which gradients flow back
+    margin   units "row", "chunk" and "stream": rows that an item needs on either side, within its utterance; a stream
+             that has one is of utterances, one without of running text
+    per_row  whether the loss counts rows (a label a frame), not sequences
+    steps    rows of a chunk; unit "stream": the steps of a batch, over which gradients flow back
     """
 
     fields: tuple[str, ...]
     targets: tuple[str, ...] = ()
-    unit: Literal["row", "sequence", "stream"] = "row"
+    unit: Unit = "row"
+    judged: Unit | None = None
     noun: str = "frames"
     margin: int = 0
     per_row: bool = False

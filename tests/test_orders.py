@@ -17,7 +17,7 @@ from models.frames import Frames
 class Words:
     """A task that only looks at what it is given."""
 
-    fields, targets, unit, per_row, margin = ("words",), (), "stream", False, 0
+    fields, targets, unit, judged, per_row, margin = ("words",), (), "stream", None, False, 0
 
     def __init__(self, steps):
         self.steps = steps
@@ -119,9 +119,9 @@ def test_an_epoch_is_every_utterance_exactly_once(frames, splits, split_frames):
         keys, sizes = [], []
         for t in range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch):
             held = [b for split in range(splits) if (b := batches(split, t)) is not None]
-            sizes.append(sum(len(b.lengths) for b in held))
+            sizes.append(sum(len(b.parts[0].lengths) for b in held))
             for batch in held:
-                ends = batch.lengths.cumsum(0)
+                ends = batch.parts[0].lengths.cumsum(0)
                 keys += [batch.key_of(int(end) - 1) for end in ends]
                 assert keys[-1] == batch.key_of(len(batch.labels) - 1)
         assert sorted(keys) == sorted(dataset.keys())
@@ -135,7 +135,7 @@ def test_batches_are_of_like_lengths_and_of_the_same_ones_in_all_splits_at_a_ste
     batches = recurrent(frames, 2, batch=8, split_frames=10_000)
     spans, apart = [], []
     for t in range(batches.per_epoch - 1):
-        lengths = [batches(split, t).lengths.float() for split in range(2)]
+        lengths = [batches(split, t).parts[0].lengths.float() for split in range(2)]
         spans += [float(part.max() - part.min()) for part in lengths]
         apart.append(float(abs(lengths[0].mean() - lengths[1].mean())))
     everything = torch.from_numpy(np.diff(batches.order.dataset.starts)).float()
@@ -168,8 +168,8 @@ def test_sequences_are_whole_and_labelled_row_by_row(frames):
     at = 0
     for i, u in enumerate(range(first + 1, first + 4)):
         low, high = data.starts[u], data.starts[u + 1]
-        assert int(batch.lengths[i]) == high - low
-        assert torch.equal(batch.inputs[: high - low, i, 0], torch.from_numpy(features[low:high]))
+        assert int(batch.parts[0].lengths[i]) == high - low
+        assert torch.equal(batch.parts[0].inputs[: high - low, i, 0], torch.from_numpy(features[low:high]))
         assert torch.equal(batch.labels[at : at + high - low], torch.from_numpy(labels[low:high]).long())
         assert batch.key_of(at) == batch.key_of(at + high - low - 1) == data.key(u)
         at += int(high - low)

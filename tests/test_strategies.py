@@ -1,4 +1,4 @@
-"""The laws of every strategy, at 1 to 4 ranks. A new strategy inherits the table by one line in STRATEGIES."""
+"""The laws of every strategy, at 1 to 4 ranks, each where it can fail. A new strategy inherits the table by one line in STRATEGIES."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STRATEGIES = {
     "bmuf, classical, state kept": partial(BMUF, block_steps=2, turn_steps=1, scheme="classical", local_state="kept"),
     "model and state averaged": partial(BMUF, block_steps=2, turn_steps=1, scheme="averaging", local_state="averaged"),
     "elastic": partial(Elastic, block_steps=2, turn_steps=1),
-    "master and slaves": partial(MasterSlave, block_steps=2, turn_steps=1, tolerance=1.0, master_learning_rate=0.9),
+    "master and slaves": partial(MasterSlave, block_steps=2, turn_steps=1, tolerance=1.05, master_learning_rate=0.9),
 }
 RULES = {
     "sgd": lambda: optim.SGD(learning_rate=0.1),
@@ -49,7 +49,9 @@ SPLITS = 12
 BATCH = 96
 CPU = torch.device("cpu")
 
-laws = pytest.mark.mpi(ranks=[1, 2, 3, 4], timeout=120)
+def at(*ranks):
+    """On so many ranks: the first law says that others would find the same."""
+    return pytest.mark.mpi(ranks=list(ranks), timeout=120)
 
 
 class Problem:
@@ -79,7 +81,7 @@ class Problem:
 
     def run(self, turns):
         for _ in range(turns):
-            self.strategy.rate = Rate(0.1, 0)
+            self.strategy.rate = Rate(0.01, 0)
             n = self.strategy.span(100 if isinstance(self.strategy, Blocks) else 1)  # what is left ends a block
             for split in self.comm.splits:
                 self.strategy.enter(split)
@@ -107,7 +109,7 @@ def alone():
     return Comm(world=MPI.COMM_SELF)
 
 
-@laws
+@at(2, 3, 4)
 def test_the_model_is_the_same_for_every_number_of_ranks():
     for name in STRATEGIES:
         for rule in RULES:
@@ -117,7 +119,7 @@ def test_the_model_is_the_same_for_every_number_of_ranks():
             assert reference.digest() != Problem(name, alone(), rule).run(3).digest(), (name, rule)
 
 
-@laws
+@at(2, 4)
 def test_dry_splits_are_left_out_and_do_not_hang():
     dry = {(s, 1) for s in range(5)} | {(s, 2) for s in range(SPLITS)} | {(11, 3)}  # step 2: everybody is dry
     for name in STRATEGIES:
@@ -125,7 +127,7 @@ def test_dry_splits_are_left_out_and_do_not_hang():
         assert set(world.comm.gather(world.digest())) == {Problem(name, alone(), dry=dry).run(6).digest()}, name
 
 
-@laws
+@at(1, 4)
 def test_the_applied_update_is_the_gradient_sum_of_all_frames_over_the_batch_size():
     problem = Problem("allreduce", Comm(), "sgd")
     before = problem.flat.weights.clone()
@@ -134,10 +136,10 @@ def test_the_applied_update_is_the_gradient_sum_of_all_frames_over_the_batch_siz
     assert sum(other.learn(split, 0) for split in range(SPLITS)) == BATCH  # autograd adds all splits up in .grad
     for (name, new), old in zip(problem.model.named_parameters(), problem.flat.views(before), strict=True):
         mean = dict(other.model.named_parameters())[name].grad / BATCH
-        torch.testing.assert_close(old - new, 0.1 * mean, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(old - new, 0.01 * mean, rtol=1e-4, atol=1e-7)
 
 
-@laws
+@at(1, 4)
 def test_a_saved_state_goes_on_exactly_with_any_number_of_ranks(shared_folder):
     comm = Comm()
     for name in STRATEGIES:
@@ -152,7 +154,7 @@ def test_a_saved_state_goes_on_exactly_with_any_number_of_ranks(shared_folder):
             assert resumed.run(3).digest() == whole.digest(), (name, other.size)
 
 
-@laws
+@at(3)
 def test_going_back_to_a_saved_state_takes_everything_back(shared_folder):
     for name in STRATEGIES:
         problem = Problem(name, Comm()).run(2)
@@ -172,13 +174,14 @@ def save(problem, folder):
 
 # What is near to the minimum: a wire of 8 bits does not carry the last of the way; what 1-bit SGD has not applied yet
 # shrinks with the rate.
-NEAR = {"allreduce in bfloat16": 1e-4, "1-bit": 6e-4}
+# The master is regularized.
+NEAR = {"allreduce in bfloat16": 1e-4, "1-bit": 6e-4, "master and slaves": 3e-6}
 FAR = {  # from the minimum, 0.009 away at first
     "1-bit without error feedback": 5e-3, "1-bit, local AdaGrad": 1e-3,  # every split divides by roots of its own
 }
 
 
-@laws
+@at(2)
 def test_a_quadratic_is_brought_to_its_minimum():
     torch.set_num_threads(1)
     targets = torch.randn(SPLITS, 300, generator=torch.Generator().manual_seed(5)) * 0.01
@@ -207,7 +210,7 @@ def test_a_quadratic_is_brought_to_its_minimum():
             assert apart < NEAR.get(name, NEAR["1-bit"] if name.startswith("1-bit") else 1e-6), (name, apart)
 
 
-@laws
+@at(1, 3)
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter():
     problem = Problem("allreduce", Comm())
     problem.strategy.rate = Rate(0.1, 0)
@@ -225,9 +228,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter():
     problem.comm.barrier()
 
 
-@laws
+@at(1, 4)
 def test_clipping_scales_to_the_norm():
     problem = Problem("allreduce, clipped", Comm(), "sgd")
     before = problem.flat.weights.clone()
     problem.run(1)
-    assert float((problem.flat.weights - before).norm()) == pytest.approx(0.1 * 0.05, rel=1e-4)
+    assert float((problem.flat.weights - before).norm()) == pytest.approx(0.01 * 0.05, rel=1e-4)

@@ -1,9 +1,9 @@
-"""Acoustic models: a DNN over windows of frames, and recurrent layers over whole utterances.
+"""Acoustic models: a DNN over windows of frames, and recurrent layers over utterances or parts of them.
 
 The data's mean and deviation are buffers of both, so that a saved model can be fed raw features.
 
-Legend: T frames of the longest utterance, B windows or utterances of a batch, W frames of a window, D values a frame, C
-classes, N frames of all utterances of a batch.
+Legend: T frames of the longest sequence, B windows or sequences of a batch, W frames of a window, D values a frame, C
+classes, N outputs that count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from models.layers.factored import linear
-from models.layers.recurrent import Kind, Recurrent
+from models.layers.recurrent import Kind, Recurrent, State
 
 ACTIVATIONS = {"sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
 
@@ -66,7 +66,7 @@ def dnn_sizes(inputs: int, layers: int, width: int, classes: int) -> list[tuple[
 
 
 class AcousticRNN(Normal):
-    """Recurrent layers over the normalised windows of whole utterances, then `classes` logits a frame.
+    """Recurrent layers over normalised windows, then `classes` logits a frame.
 
     kind     of layer: see `Recurrent`, which takes `options` too
     window   W
@@ -80,10 +80,19 @@ class AcousticRNN(Normal):
         self.recurrent = Recurrent(kind, window * len(mean_D), width, layers, **options)  # type: ignore[arg-type]
         self.output = torch.nn.Linear(self.recurrent.outputs, classes)
 
-    def forward(self, inputs_TBWD: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Raw windows [T, B, W, D] of utterances of these lengths [B] to logits [N, C], utterance after utterance."""
-        h_TBH, _ = self.recurrent(self.normal(inputs_TBWD).flatten(2), lengths)
-        return self.output(h_TBH.transpose(0, 1)[within(lengths, len(h_TBH))])
+    def forward(
+        self, inputs_TBWD: torch.Tensor, lengths: torch.Tensor, scored_BT: torch.Tensor, state: State | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """Raw windows of sequences to logits [N, C] of the outputs that count, sequence after sequence; and the state.
+
+        lengths    int64 [B]
+        scored_BT  bool: which outputs count
+        state      what an earlier call returned, to go on from; None: zeros
+        kept       int64 [B]: after how many steps the state is wanted; None: at the end
+        """
+        h_TBH, state = self.recurrent(self.normal(inputs_TBWD).flatten(2), lengths, state, kept)
+        return self.output(h_TBH.transpose(0, 1)[scored_BT]), state
 
 
 def within(lengths: torch.Tensor, steps: int) -> torch.Tensor:

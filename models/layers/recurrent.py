@@ -217,6 +217,25 @@ def _in_time(x_TBI: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     return x_TBI.gather(0, index[..., None].expand_as(x_TBI))
 
 
+def _in_two(
+    cell: Cell, x_TBI: torch.Tensor, lengths: torch.Tensor, state: State, kept: torch.Tensor
+) -> tuple[torch.Tensor, State]:
+    """All outputs of a cell, and its state after `kept` steps [B]."""
+    t = torch.arange(len(x_TBI), device=x_TBI.device)[:, None]
+    middle, rest = int(kept.max()), lengths - kept
+    ahead = (kept + t[: int(rest.max())]).clamp(max=len(x_TBI) - 1)[..., None]
+    parts, ends = [], state
+    if middle:
+        h_TBD, ends = cell(x_TBI[:middle], kept, state)
+        parts.append(h_TBD)
+    if len(ahead):
+        parts.append(cell(x_TBI.gather(0, ahead.expand(-1, -1, x_TBI.shape[2])), rest, ends)[0])
+    both = torch.cat(parts)
+    index = torch.where(t < kept, t, middle + t - kept).clamp(max=len(both) - 1)
+    inside = (t < lengths)[..., None]
+    return both.gather(0, index[..., None].expand(-1, -1, both.shape[2])) * inside, ends
+
+
 def _last(x_TBI: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     """The row of each sequence's last step, of rows that begin one before the first step."""
     if lengths is None:
@@ -268,20 +287,31 @@ class Recurrent(torch.nn.Module):
         return tuple(like.new_zeros((like.shape[1], width)) for width in widths)
 
     def forward(
-        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None = None, state: State | None = None
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None = None, state: State | None = None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """Outputs [T, B, outputs] and the states after each sequence's last step.
 
         x_TBI    the inputs
         lengths  int64 [B], 0 to T; None: all are T long
-        state    what an earlier call returned, to go on from there (not with `bidirectional`); None: zeros
+        state    what an earlier call returned, to go on from there; None: zeros. Backward directions take no notice:
+                 they begin at the last step, from zeros
+        kept     int64 [B], 0 to each length, which must be given: the forward direction's states are those after so
+                 many steps instead, and what comes beyond them is only seen ahead
         """
         held = iter(self.start(x_TBI) if state is None else state)
         after: list[torch.Tensor] = []
         for cells in self._cells():
             outputs = []
-            for cell in cells:
-                h_TBD, ends = cell(x_TBI, lengths, tuple(islice(held, len(cell.states))))
+            for backward, cell in enumerate(cells):
+                own = tuple(islice(held, len(cell.states)))
+                if backward:
+                    h_TBD, ends = cell(x_TBI, lengths, tuple(map(torch.zeros_like, own)))
+                elif kept is None:
+                    h_TBD, ends = cell(x_TBI, lengths, own)
+                else:
+                    assert lengths is not None
+                    h_TBD, ends = _in_two(cell, x_TBI, lengths, own, kept)
                 outputs.append(h_TBD)
                 after += ends
             x_TBI = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
