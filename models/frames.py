@@ -269,8 +269,9 @@ class Frames(Task):
         if isinstance(batch, FrameBatch):
             return model(batch.inputs).float(), None
         state, outputs = batch.started(carry), []
+        wanted = batch.end is not None or len(batch.parts) > 1
         for part in batch.parts:
-            logits_MC, state = model(*part[:3], state, part.kept)
+            logits_MC, state = model(*part[:3], state, part.kept, wanted)
             outputs.append(logits_MC.float())
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return batch.by_label(whole), batch.carried(state)

@@ -55,7 +55,7 @@ class Classifier(torch.nn.Module):
         x_TBD = self.embedding(words_TB)
         if isinstance(self.encoder, WideCNN):
             return self.output(self.dropout(self.encoder(x_TBD, lengths)))
-        h_TBD = self.encoder(x_TBD, lengths)[0]
+        h_TBD = self.encoder(x_TBD, lengths, wanted=False)[0]
         last_BD = h_TBD[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
         if self.backward_outputs:
             forward = h_TBD.shape[2] - self.backward_outputs

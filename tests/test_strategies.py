@@ -1,4 +1,5 @@
-"""The laws of every strategy, at 1 to 4 ranks, each where it can fail. A new strategy inherits the table by one line in STRATEGIES."""
+"""The laws of every strategy, at 1 to 4 ranks, each where it can fail. A new strategy inherits the table by one line in
+STRATEGIES."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class AcousticRNN(Normal):
 
     def forward(
         self, inputs_TBWD: torch.Tensor, lengths: torch.Tensor, scored_BT: torch.Tensor, state: State | None = None,
-        kept: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None, wanted: bool = True,
     ) -> tuple[torch.Tensor, State]:
         """Raw windows of sequences to logits [N, C] of the outputs that count, sequence after sequence; and the state.
 
@@ -90,8 +90,9 @@ class AcousticRNN(Normal):
         scored_BT  bool: which outputs count
         state      what an earlier call returned, to go on from; None: zeros
         kept       int64 [B]: after how many steps the state is wanted; None: at the end
+        wanted     whether it is wanted at all
         """
-        h_TBH, state = self.recurrent(self.normal(inputs_TBWD).flatten(2), lengths, state, kept)
+        h_TBH, state = self.recurrent(self.normal(inputs_TBWD).flatten(2), lengths, state, kept, wanted)
         return self.output(h_TBH.transpose(0, 1)[scored_BT]), state
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from kernels import sru
 
@@ -33,12 +33,14 @@ class Cell(Protocol):
     """One layer in one direction.
 
     states  the widths of its state's tensors, each [B, width]
+
+    The state it returns is of use only if it is `wanted`.
     """
 
     states: tuple[int, ...]
 
     def __call__(
-        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State, wanted: bool = True
     ) -> tuple[torch.Tensor, State]: ...
     def initialise(self, generator: torch.Generator) -> None: ...
 
@@ -105,7 +107,9 @@ class SRU(torch.nn.Module):
         if self.v is not None:
             _uniform(self.v, math.sqrt(3.0 / len(self.v)), generator)
 
-    def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+    def forward(
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State, wanted: bool = True
+    ) -> tuple[torch.Tensor, State]:
         given = _same_for_all_steps(x_TBI, self.variational, self.training)
         mask = None
         if self.training and self.dropout:
@@ -142,7 +146,9 @@ class QRNN(torch.nn.Module):
         _uniform(self.weight, math.sqrt(3.0 / self.weight.shape[1]), generator)
         _set_bias(self.bias, self.states[0], self.forget_bias)
 
-    def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+    def forward(
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State, wanted: bool = True
+    ) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
         given = _same_for_all_steps(x_TBI, self.variational, self.training)
         both = torch.cat([torch.cat([state[1][None], given[:-1]]), given], dim=2)
@@ -162,6 +168,9 @@ class QRNN(torch.nn.Module):
 
 class Torch(torch.nn.Module):
     """torch's own LSTM or GRU, one layer.
+
+    Sequences run on over their padding, and what comes out there is dropped: packed ones of unlike lengths take torch
+    five times as long on a CPU. Only an LSTM's inner state at the end of the shorter ones needs them packed.
 
     kind         "lstm" (two state tensors: h and c) or "gru"
     forget_bias  of the LSTM's forget gate, or of the GRU's gate that keeps the state, at the start
@@ -188,24 +197,38 @@ class Torch(torch.nn.Module):
                 continue
             _set_bias(parameter, width, self.forget_bias if name.startswith("bias_ih") else 0.0)
 
-    def forward(self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+    def forward(
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor | None, state: State, wanted: bool = True
+    ) -> tuple[torch.Tensor, State]:
         x_TBI = _in_time(x_TBI, lengths) if self.reverse else x_TBI
         given = _same_for_all_steps(x_TBI, self.variational, self.training)
-        held = tuple(part[None] for part in state)
-        hidden = held if len(held) == 2 else held[0]
-        if lengths is None:
-            h_TBD, after = self.cell(given, hidden)
-        else:
-            packed = pack_padded_sequence(given, lengths.clamp(min=1).cpu(), enforce_sorted=False)
-            out, after = self.cell(packed, hidden)
-            h_TBD = pad_packed_sequence(out, total_length=len(given))[0]
-        ends = [part[0] for part in after] if len(held) == 2 else [after[0]]
-        if lengths is not None:  # what has no step at all keeps its state
-            some = (lengths > 0)[:, None]
-            h_TBD = h_TBD * some
-            ends = [torch.where(some, new, old) for new, old in zip(ends, state, strict=True)]
+        h_TBD, ends = self._run(given, state)
+        if lengths is not None:
+            if wanted:
+                ends = self._ends(given, lengths, state, h_TBD, ends)
+            inside = torch.arange(len(given), device=given.device)[:, None] < lengths
+            h_TBD = torch.where(inside[..., None], h_TBD, 0.0)
         h_TBD = torch.nn.functional.dropout(h_TBD, self.dropout, self.training)
-        return (_in_time(h_TBD, lengths) if self.reverse else h_TBD), tuple(ends)
+        return (_in_time(h_TBD, lengths) if self.reverse else h_TBD), ends
+
+    def _run(self, x: torch.Tensor | PackedSequence, state: State) -> tuple[Any, State]:
+        held = tuple(part[None] for part in state)
+        out, after = self.cell(x, held if len(held) == 2 else held[0])
+        return out, tuple(part[0] for part in (after if len(held) == 2 else (after,)))
+
+    def _ends(
+        self, x_TBI: torch.Tensor, lengths: torch.Tensor, state: State, h_TBD: torch.Tensor, ends: State
+    ) -> State:
+        """The state after each sequence's last step, given all outputs and the state after T steps."""
+        found = [_last(torch.cat([state[0][None], h_TBD]), lengths)]
+        if len(state) == 1:
+            return tuple(found)
+        short = torch.nonzero((lengths < len(x_TBI)) & (lengths > 0)).flatten()
+        c_BD = torch.where((lengths > 0)[:, None], ends[1], state[1])
+        if len(short):
+            packed = pack_padded_sequence(x_TBI[:, short], lengths[short].cpu(), enforce_sorted=False)
+            c_BD = c_BD.index_copy(0, short, self._run(packed, tuple(part[short] for part in state))[1][1])
+        return found[0], c_BD
 
 
 def _in_time(x_TBI: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -229,7 +252,7 @@ def _in_two(
         h_TBD, ends = cell(x_TBI[:middle], kept, state)
         parts.append(h_TBD)
     if len(ahead):
-        parts.append(cell(x_TBI.gather(0, ahead.expand(-1, -1, x_TBI.shape[2])), rest, ends)[0])
+        parts.append(cell(x_TBI.gather(0, ahead.expand(-1, -1, x_TBI.shape[2])), rest, ends, wanted=False)[0])
     both = torch.cat(parts)
     index = torch.where(t < kept, t, middle + t - kept).clamp(max=len(both) - 1)
     inside = (t < lengths)[..., None]
@@ -288,7 +311,7 @@ class Recurrent(torch.nn.Module):
 
     def forward(
         self, x_TBI: torch.Tensor, lengths: torch.Tensor | None = None, state: State | None = None,
-        kept: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None, wanted: bool = True,
     ) -> tuple[torch.Tensor, State]:
         """Outputs [T, B, outputs] and the states after each sequence's last step.
 
@@ -297,7 +320,8 @@ class Recurrent(torch.nn.Module):
         state    what an earlier call returned, to go on from there; None: zeros. Backward directions take no notice:
                  they begin at the last step, from zeros
         kept     int64 [B], 0 to each length, which must be given: the forward direction's states are those after so
-                 many steps instead, and what comes beyond them is only seen ahead
+                 many steps instead, and what comes beyond them is only seen ahead; backward directions have none then
+        wanted   whether the states are; else they are of no use, and an LSTM is quicker
         """
         held = iter(self.start(x_TBI) if state is None else state)
         after: list[torch.Tensor] = []
@@ -306,9 +330,9 @@ class Recurrent(torch.nn.Module):
             for backward, cell in enumerate(cells):
                 own = tuple(islice(held, len(cell.states)))
                 if backward:
-                    h_TBD, ends = cell(x_TBI, lengths, tuple(map(torch.zeros_like, own)))
+                    h_TBD, ends = cell(x_TBI, lengths, tuple(map(torch.zeros_like, own)), wanted and kept is None)
                 elif kept is None:
-                    h_TBD, ends = cell(x_TBI, lengths, own)
+                    h_TBD, ends = cell(x_TBI, lengths, own, wanted)
                 else:
                     assert lengths is not None
                     h_TBD, ends = _in_two(cell, x_TBI, lengths, own, kept)
