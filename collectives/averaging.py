@@ -81,8 +81,10 @@ class MasterSlave(Blocks):
     def span(self, limit: int) -> int:
         if self.rejection and not self.done:
             assert self.evaluate is not None
-            self.end()
-            self.master_loss = self.evaluate(False)["loss"]
+            with self.phase("exchange"):
+                self.end()
+            with self.phase("judge"):
+                self.master_loss = self.evaluate(False)["loss"]
         return super().span(limit)
 
     def enter(self, split: int) -> None:
@@ -101,7 +103,9 @@ class MasterSlave(Blocks):
         self.learning = False
         if self.closing and self.rejection and self.counted[split]:
             assert self.evaluate is not None
-            rejected = not self.evaluate(True)["loss"] <= self.tolerance * self.master_loss  # or no number at all
+            with self.phase("judge"):
+                loss = self.evaluate(True)["loss"]
+            rejected = not loss <= self.tolerance * self.master_loss  # or no number at all
             self.verdicts.append((split, rejected))
             if rejected:
                 self.counted[split] = 0  # a model without weight

@@ -166,6 +166,11 @@ class Blocks(Strategy):
         if not self.closing:
             self.held[split] = {WEIGHTS: self.flat.weights.clone(), **self._copied_slots()}
             return
+        with self.phase("exchange"):
+            self._depart(split)
+
+    def _depart(self, split: int) -> None:
+        """At a block's end: how far the split's model went, and its rule's state, to where they are summed."""
         if self.local_state == "kept":
             self.kept[split] = self._copied_slots()
         count = self.counted[split]

@@ -9,6 +9,7 @@ Legend: P parameters (padded), S floats that this rank owns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -105,6 +106,8 @@ class Strategy:
         # Told of every part of an exchange, from any thread: its name ("bucket 3 reduce"), begin and end in
         # time.monotonic_ns(); set by build.py.
         self.note: Callable[[str, int, int], None] = lambda name, begin_ns, end_ns: None
+        # Counts the seconds of a block as a phase's ("exchange", "judge"); set by build.py.
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.updates = 0  # of the rule, so far
         # Seconds so far in which an exchange was under way on this rank, hidden behind computing or not.
         self.active_s: float = 0.0

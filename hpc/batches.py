@@ -7,6 +7,7 @@ next split is loaded while the current one is processed).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -43,6 +44,8 @@ class Batches:
     def __init__(self, order: Order, seed: int, place: Callable[[torch.Tensor], torch.Tensor]):
         self.order, self.seed, self.place = order, seed, place
         self.per_epoch = order.per_epoch
+        # Told of every piece that was read: split, epoch, block, begin and end in time.monotonic_ns(); set by build.py.
+        self.loaded: Callable[[int, int, int, int, int], None] = lambda split, epoch, block, begin, end: None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: dict[tuple[int, int, int], Future[Piece]] = {}
         self._held: dict[int, tuple[tuple[int, int], Piece]] = {}
@@ -92,6 +95,8 @@ class Batches:
 
     def _load(self, split: int, epoch: int, block: int) -> Piece:
         """Read one piece and put it in place (on the prefetch thread)."""
+        began = time.monotonic_ns()
         piece = self.order.load(split, epoch, block)
         piece.move_(self.place)
+        self.loaded(split, epoch, block, began, time.monotonic_ns())
         return piece

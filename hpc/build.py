@@ -188,11 +188,7 @@ def make_job(
             lambda: watchdog.beat("validating"),
         )
 
-    def judge(alone: bool) -> dict[str, float]:
-        with meter("judge"):
-            return validate(alone)
-
-    strategy.evaluate = judge if rest else None
+    strategy.evaluate = validate if rest else None
     settled = strategy.prepare(comm.on_root(run.exchange))
     comm.on_root(lambda: run.keep_exchange(settled))
     comm.sent.clear()  # what was sent to measure is no part of the run
@@ -211,7 +207,7 @@ def make_job(
     saver = Saver(
         run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
     )
-    strategy.note = meter.note
+    strategy.note, strategy.phase, batches.loaded = meter.note, meter, spans.loaded
     job = Job(
         comm, device, task, model, batches, strategy, schedule, _selection(recipe, order.counted, parts, schedule),
         saver, meter, stop, validate if rest else None, recipe.validate_.metric,

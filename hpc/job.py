@@ -73,7 +73,7 @@ def turn(job: Job, at: int, limit: int, carry: Carries) -> int:
             with meter("backward"):  # adding it up, or handing it on, is its last part
                 strategy.step(split, count)
                 if t == at + n - 1:
-                    strategy.leave(split)  # a slave is judged here, a phase of its own
+                    strategy.leave(split)
     with meter("exchange"):
         strategy.advance(n)
     return n

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.comm import Comm
-from hpc.trace_records import EXCHANGE, FOLDER, STEP, TURN
+from hpc.trace_records import EXCHANGE, FOLDER, LOADING, STEP, TURN
 
 FLUSH_TURNS = 5  # turns between writes
 SPANS_AT_MOST = 20_000  # a start or a validation: a window that fills up ends early
@@ -67,6 +67,10 @@ class Spans:
     def note(self, name: str, begin: int, end: int) -> None:
         """A part of an exchange took from `begin` to `end` (time.monotonic_ns()). From any thread."""
         self.add(name, begin, end, EXCHANGE)
+
+    def loaded(self, split: int, epoch: int, block: int, begin: int, end: int) -> None:
+        """A split's next piece was read ahead from `begin` to `end` (time.monotonic_ns()). From any thread."""
+        self.add(f"load split {split}", begin, end, LOADING, {"epoch": epoch, "block": block})
 
     def turn(self, at: int, epoch: float) -> None:
         """A turn ended with step `at`; what comes now belongs to the next one."""

@@ -1,5 +1,7 @@
 """A few turns of every rank as a timeline: a thick lane of phases, thin ones of the exchange's parts below it.
 
+What is read ahead meanwhile, a split's next piece, is a thin lane in the colour of reading.
+
 Phases have the colours of the report's picture, and some of them a pattern too, for readers of grey; grey is what
 belongs to no phase. Parts of the exchange run from dark to light, in a colour that no phase has.
 """
@@ -19,7 +21,19 @@ from matplotlib.textpath import TextPath
 
 from hpc.quantities import hidden_share, percent
 from hpc.report_picture import LIGHT, PHASE_SERIES, dress, new_figure, png
-from hpc.trace_records import EXCHANGE, STEP, WAITING, Attempt, RankTrace, Span, Turn, bucket_of, lanes_of, last_turns
+from hpc.trace_records import (
+    EXCHANGE,
+    LOADING,
+    STEP,
+    WAITING,
+    Attempt,
+    RankTrace,
+    Span,
+    Turn,
+    bucket_of,
+    lanes_of,
+    last_turns,
+)
 
 RANKS_AT_MOST = 24  # lanes that can be told apart; of more ranks, some are drawn
 INCHES = 1.1  # of paper for 1.0 of height
@@ -53,11 +67,12 @@ def picture(name: str, attempt: Attempt, count: int, slowest: int | None) -> Fig
     steps = last_turns(attempt.ranks[slowest if slowest is not None else ranks[0]], count)
     drawn = {rank: _within(attempt.ranks[rank], steps) for rank in ranks}
     lines = {rank: list(lanes_of(s for s in drawn[rank] if s.lane == EXCHANGE).values()) for rank in ranks}
+    loads = {rank: [s for s in drawn[rank] if s.lane == LOADING] for rank in ranks}
     spans = [span for held in drawn.values() for span in held]
     shown: list[Span | Turn] = [*spans]
     shown += [turn for rank in ranks for turn in attempt.ranks[rank].turns if turn.step in steps]
     begin, end = (min(s.begin for s in shown), max(s.end for s in shown)) if shown else (0, 1)
-    scale = _Scale(begin, (end - begin) / 1e6, max(len(held) for held in lines.values()))
+    scale = _Scale(begin, (end - begin) / 1e6, max(len(lines[rank]) + bool(loads[rank]) for rank in ranks))
     parts = [s for s in sorted(spans, key=lambda s: s.begin) if s.lane == EXCHANGE]
     kinds = list(dict.fromkeys(kind_of(s.name) for s in parts))
     figure = new_figure(1.75 + INCHES * scale.row * max(len(ranks), 2), LIGHT)
@@ -69,6 +84,8 @@ def picture(name: str, attempt: Attempt, count: int, slowest: int | None) -> Fig
         _phases(axes, top, [s for s in drawn[rank] if s.lane == STEP], scale)
         for number, held in enumerate(lines[rank]):
             _parts(axes, top + PHASE_HEIGHT + GAP + number * scale.line, held, scale, kinds)
+        below = top + PHASE_HEIGHT + GAP + len(lines[rank]) * scale.line
+        axes.broken_barh([scale.bar(s) for s in loads[rank]], (below, scale.line), zorder=2, **_look("read"))
     middles = [row * scale.row + PHASE_HEIGHT / 2 for row in range(len(ranks))]
     axes.set_yticks(middles, [_who(attempt.ranks[rank], slowest, len(ranks)) for rank in ranks])
     axes.tick_params(axis="y", labelcolor=LIGHT.ink)
@@ -90,6 +107,10 @@ def picture(name: str, attempt: Attempt, count: int, slowest: int | None) -> Fig
         for number, held in enumerate(lines[rank]):
             middle = top + PHASE_HEIGHT + GAP + (number + 0.5) * scale.line
             _name_parts(axes, middle, held, scale, kinds, len({bucket_of(s.name) for s in parts}) > 1)
+        middle = top + PHASE_HEIGHT + GAP + (len(lines[rank]) + 0.5) * scale.line
+        for span in loads[rank]:
+            left, length = scale.bar(span)
+            _say(axes, left + length / 2, middle, scale.fitting(length, (span.name,), 8), 8, LIGHT.ink)
     return figure
 
 
@@ -141,7 +162,7 @@ def _within(trace: RankTrace, steps: Sequence[int]) -> list[Span]:
     if not turns:
         return []
     begin, end = turns[0].begin, turns[-1].end
-    return [s for s in trace.spans if s.lane in (STEP, EXCHANGE) and s.begin >= begin and s.begin < end]
+    return [s for s in trace.spans if s.lane in (STEP, EXCHANGE, LOADING) and s.begin >= begin and s.begin < end]
 
 
 def _turns(axes: Axes, top: float, trace: RankTrace, steps: Sequence[int], scale: _Scale) -> None:
@@ -249,6 +270,8 @@ def _legend(spans: Sequence[Span], kinds: Sequence[str]) -> list[Patch]:
     said = {WAITING: f"{WAITING}: waiting for it"}
     handles = [Patch(label=said.get(phase, phase), **_look(phase)) for phase in phases]
     handles.append(Patch(color=LIGHT.grid, label="other"))
+    if any(span.lane == LOADING for span in spans):
+        handles.append(Patch(label="below: a split's next piece is read ahead", **_look("read")))
     return handles + [Patch(color=_shade(kind, kinds), label=WORDS.get(kind, kind)) for kind in kinds]
 
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 FOLDER = "trace"
 HEADER = frozenset({"rank", "host", "ranks", "step", "attempt", "offset_ns", "error_ns"})
-TURN, STEP, EXCHANGE = "turn", "step", "exchange"  # lanes: whole turns, the loop's phases, the parts of exchanges
+# Lanes: whole turns, the loop's phases, the parts of exchanges, and what is read ahead meanwhile.
+TURN, STEP, EXCHANGE, LOADING = "turn", "step", "exchange", "loading"
 WAITING = "exchange"  # the phase in which a rank waits for what an exchange has not done yet
 
 

@@ -29,7 +29,7 @@ from hpc.spans import SPANS_AT_MOST, Spans, clock_offset, offset_bounds
 from hpc.summary import read_run, summarize
 from hpc.trace import chrome, percents, show, trace
 from hpc.trace_picture import WORDS, picture
-from hpc.trace_records import EXCHANGE, STEP, Attempt, RankTrace, Span, lanes_of, last_turns, read_traces
+from hpc.trace_records import EXCHANGE, LOADING, STEP, Attempt, RankTrace, Span, lanes_of, last_turns, read_traces
 
 WINDOW = 6  # turns traced from the start and from every validation on
 BUCKETS = "strategy={name='allreduce', bucket_mib=0.004}"  # some buckets even of a small model
@@ -63,7 +63,7 @@ def test_a_window_opens_at_the_start_and_after_every_validation(traced):
 def test_phases_cover_the_turns_and_nothing_overlaps_within_a_lane(traced):
     (attempt,) = read_traces(traced)
     for rank in attempt.ranks.values():
-        assert {lane for lane in lanes_of(rank.spans) if not lane.startswith(EXCHANGE)} == {"turn", STEP}
+        assert {lane for lane in lanes_of(rank.spans) if not lane.startswith(EXCHANGE)} == {"turn", STEP, LOADING}
         for lane, spans in lanes_of(rank.spans).items():
             for before, after in pairwise(spans):
                 assert before.begin <= before.end <= after.begin <= after.end, (lane, before, after)
@@ -77,6 +77,19 @@ def test_phases_cover_the_turns_and_nothing_overlaps_within_a_lane(traced):
             assert 0 < turn.exchanging() <= turn.seconds
         whole = sum(turn.seconds for turn in rank.turns)
         assert 0.6 * whole < sum(sum(turn.spent().values()) for turn in rank.turns) <= whole
+
+
+def test_the_next_piece_of_every_split_is_loaded_while_this_one_trains(traced):
+    (attempt,) = read_traces(traced)
+    for rank in attempt.ranks.values():
+        loads = [span for span in rank.spans if span.lane == LOADING]
+        splits = range(2 * rank.rank, 2 * rank.rank + 2)
+        assert {span.name for span in loads} == {f"load split {split}" for split in splits}
+        for split in splits:
+            own = [span for span in loads if span.name == f"load split {split}"]
+            ahead = [s for s in own if any(t.begin < s.begin < t.end for t in rank.turns)]
+            assert ahead, "none was read while a turn was under way"
+            assert len({(s.args["epoch"], s.args["block"]) for s in own}) == len(own)
 
 
 def test_the_clocks_of_two_ranks_agree(traced):
@@ -118,7 +131,7 @@ def test_the_command_writes_a_timeline_a_picture_and_a_table(traced, trireme):
     assert min(e["ts"] for e in events) == 0 and all(e["dur"] >= 0 for e in events)
     assert {e["pid"] for e in events} == {0, 1}
     named = {(e["pid"], e["tid"]): e["args"]["name"] for e in written["traceEvents"] if e["name"] == "thread_name"}
-    assert {named[e["pid"], e["tid"]].rstrip(" 0123456789") for e in events} == {"turn", "step", "exchange"}
+    assert {named[e["pid"], e["tid"]].rstrip(" 0123456789") for e in events} == {"turn", "step", "exchange", "loading"}
     for thread in named:  # a viewer wants what is in one thread to be in order
         held = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if (e["pid"], e["tid"]) == thread)
         assert all(before[1] <= after[0] + 1e-3 for before, after in pairwise(held)), named[thread]

@@ -44,7 +44,16 @@ DNN = Network(
     },
     columns="table 3, DNN, SWB+Fisher",
 )
-NETWORKS = {"dnn": DNN}
+BLSTM = Network(
+    {"network": "lstm", "bidirectional": True, "layers": 2, "width": 64, "context": 0, "bptt": "chunks",
+     "chunk": "21-64+21"},
+    minibatch=8, block={8: 4, 16: 4},
+    rates={"sgd": {1: 0.4}, "ma": {8: 1.6, 16: 1.6}, "cbm": {8: 0.8, 16: 0.8}, "nbm": {8: 0.8, 16: 0.8}},
+    initial=0.2,
+    paper={"sgd": {1: 14.8}, "ma": {8: 15.4, 16: 16.0}, "cbm": {8: 14.7, 16: 15.0}, "nbm": {8: 14.9, 16: 14.8}},
+    columns="table 1, DBLSTM by CSC-BPTT, SWB",
+)
+NETWORKS = {"dnn": DNN, "blstm": BLSTM}
 
 
 def strategy(method: str, splits: int, block_steps: int) -> dict[str, Any]:
