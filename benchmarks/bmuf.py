@@ -2,6 +2,9 @@
 
     python benchmarks/bmuf.py accuracy --tune              the learning rate of every row, on seed 1
     python benchmarks/bmuf.py accuracy --jobs 2            every row with every seed, each at its best rate
+    python benchmarks/bmuf.py accuracy --network blstm     the same of a bidirectional LSTM by chunks, 8 and 16 splits
+    python benchmarks/bmuf.py rejection --jobs 2           master and slaves, one of eight being wrong
+    python benchmarks/bmuf.py sweep                        where a sweep's time goes, on 1 and 2 ranks (a quiet machine)
 
 AN4 is prepared as docs/bmuf.md says, with 102 states of its own alignment: 9 training speakers are the validation set,
 the official test set is judged once, by the model that is best on validation. A run is one process with one thread that
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from blocks import accuracy
+from blocks import accuracy, rejection, sweep
 from runs import ROOT
 
 
@@ -22,8 +25,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     accuracy.add_arguments(commands.add_parser("accuracy", help="frame errors of SGD, MA, CBM and NBM"), ROOT)
+    judged = commands.add_parser("rejection", help="master and slaves, one of them wrong")
+    accuracy.add_arguments(judged, ROOT)
+    rejection.add_arguments(judged)
+    judged.set_defaults(out=ROOT / "benchmarks" / "results" / "bmuf_rejection.jsonl", sweeps=12)
+    sweep.add_arguments(commands.add_parser("sweep", help="a sweep's time on 1 and 2 ranks"))
     arguments = parser.parse_args()
-    accuracy.Accuracy(arguments).work()
+    if arguments.command == "accuracy":
+        accuracy.Accuracy(arguments).work()
+    elif arguments.command == "rejection":
+        rejection.Rejection(arguments).work()
+    else:
+        sweep.measure(arguments)
     return 0
 
 

@@ -4,6 +4,7 @@
     python benchmarks/onebit_speed.py speed --sizes 256,1024 --links 100mbit --rounds 5
     python benchmarks/onebit_speed.py tune           learning rates on AN4, without a throttle
     python benchmarks/onebit_speed.py accuracy       AN4 at these rates, over a link of 100 Mbit/s: half an hour
+    python benchmarks/onebit_speed.py tune --sides float32,onebit,bmuf,postlocal --out FILE       block training, too
     python benchmarks/onebit_speed.py --summary --plot docs/onebit_speed.png            measures nothing
 
 A host has one rank, and one of this machine's cores where there are enough, which carries its packets too.
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from onebit.race import Race, race_setup
-from onebit.sides import RANKS, SIDES, WARM_UP, Lines, Team, burst_kib
+from onebit.sides import OF_SPEED, RANKS, SIDES, WARM_UP, Lines, Side, Team, burst_kib
 from onebit.tables import draw, markdown
 from runs import ROOT
 
@@ -152,7 +153,7 @@ def main() -> int:
     number = positive(int)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("speed", "tune", "accuracy"))
-    parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES), help=",".join(SIDES))
+    parser.add_argument("--sides", type=lambda text: text.split(","), default=OF_SPEED, help=",".join(SIDES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "onebit_speed.jsonl")
     parser.add_argument("--summary", action="store_true", help="print the tables of --out; measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG); measure nothing")
@@ -182,9 +183,9 @@ def main() -> int:
         parser.error(f"--sides: {', '.join(unknown)}: choose from {', '.join(SIDES)}")
     lines = Lines(arguments.out)
     if arguments.plot:
-        arguments.plot.write_bytes(draw(lines.records, race_setup(arguments), SIDES))
+        arguments.plot.write_bytes(draw(lines.records, race_setup(arguments), shown(arguments)))
     if arguments.summary:
-        print(markdown(lines.records, race_setup(arguments), SIDES))
+        print(markdown(lines.records, race_setup(arguments), shown(arguments)))
     if arguments.plot or arguments.summary:
         return 0
     if arguments.what is None:
@@ -202,6 +203,11 @@ def main() -> int:
         if arguments.what == "tune":
             break
     return 0
+
+
+def shown(arguments: argparse.Namespace) -> dict[str, Side]:
+    """The sides asked for."""
+    return {name: SIDES[name] for name in arguments.sides}
 
 
 def links(text: str) -> list[str]:

@@ -92,9 +92,9 @@ def search(start: float, tried: Iterable[float], value_of: Callable[[float], flo
         found[rate] = value_of(rate)
 
 
-def trireme(*words: object) -> tuple[int, float, str]:
+def trireme(*words: object, program: Sequence[str] = ("-m", "hpc")) -> tuple[int, float, str]:
     """Run a command: its exit code, its seconds of processor time, and what it printed."""
-    command = [sys.executable, "-m", "mpi4py", "-m", "hpc", *map(str, words)]
+    command = [sys.executable, "-m", "mpi4py", *program, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ class Accuracy:
     def make(self, row: Row, seed: int, rate: float) -> Record:
         return self.kept.make(row.about(seed=seed, rate=rate), lambda: self.train(row, seed, rate))
 
-    def run(self, name: str, changes: dict[str, Any]) -> tuple[Path, str]:
+    def run(
+        self, name: str, changes: dict[str, Any], program: Sequence[str] = ("-m", "hpc", "train")
+    ) -> tuple[Path, str]:
         """Train in a folder of this name; the folder, and why training gave up, or ""."""
         run = self.arguments.work / name
         (run / "failure.json").unlink(missing_ok=True)  # an earlier attempt's
@@ -70,7 +73,7 @@ class Accuracy:
             "threads": 1, "device": "cpu", "log.tensorboard": False, "log.trace": 0, "checkpoint.keep": 1,
         }
         words = [f"{k}={v if isinstance(v, Path) else toml(v)}" for k, v in (common | changes).items()]
-        code, _, said = trireme("train", RECIPE, f"run={run}", *words)
+        code, _, said = trireme(RECIPE, f"run={run}", *words, program=program)
         if not code:
             return run, ""
         cause = run / "failure.json"
@@ -104,28 +107,11 @@ class Accuracy:
                 "optim": {"name": "momentum", "momentum": 0.9, "learning_rate": rate},
             },
         )
-        records = read_records(run)
-        validations = [r for r in records if r["event"] == "validate"]
-        majority = read_manifest(self.arguments.data / "train")["fields"]["labels"]["counts"]
-        nothing = 1 - max(majority) / sum(majority) - NOWHERE
-        steps = validations[0]["step"] if validations else 0
-        made = {
-            "failure": failure, "diverged": bool(failure) or validations[-1]["frame_error"] > nothing,
+        steps = next((r["step"] for r in read_records(run) if r["event"] == "validate"), 0)
+        made = outcome(run, failure, self.arguments.data) | {
             "block_steps": block_steps, "blocks": sweeps * math.ceil(steps / block_steps),
             "blocks_wanted": round(blocks_wanted(row.method, row.splits), 1),
-            "curve": [round(r["frame_error"], 5) for r in validations],
-            "loss": [round(r["loss"], 5) for r in validations],
-            "validation": min((r for r in validations if r["best"]), key=lambda r: r["loss"], default={}).get(
-                "frame_error"
-            ),
-            "test": None,
-            "seconds": round(sum(r["seconds"] for r in records if r["event"] in ("train", "rest")), 1),
         }
-        if not failure:
-            code, _, said = trireme("evaluate", run, self.arguments.data / "test", "--device", "cpu", "--json")
-            if code:
-                raise RuntimeError(f"{run} could not be evaluated:\n{said}")
-            made["test"] = round(json.loads(said.splitlines()[-1])["frame_error"], 5)
         shutil.rmtree(run)
         return made
 
@@ -139,6 +125,27 @@ class Accuracy:
             if not self.arguments.tune:
                 pairs = [(row, seed) for seed in seeds for row in rows]
                 list(crew.map(lambda pair: self.make(*pair, self.tuned(pair[0])), pairs))
+
+
+def outcome(run: Path, failure: str, data: Path) -> Record:
+    """What came of a run: frame errors by sweep, of the best model on validation, and of that on the test set."""
+    records = read_records(run)
+    validations = [r for r in records if r["event"] == "validate"]
+    counts = read_manifest(data / "train")["fields"]["labels"]["counts"]
+    nothing = 1 - max(counts) / sum(counts) - NOWHERE
+    best = min((r for r in validations if r["best"]), key=lambda r: r["loss"], default={})
+    test = None
+    if not failure:
+        code, _, said = trireme("evaluate", run, data / "test", "--device", "cpu", "--json")
+        if code:
+            raise RuntimeError(f"{run} could not be evaluated:\n{said}")
+        test = round(json.loads(said.splitlines()[-1])["frame_error"], 5)
+    return {
+        "failure": failure, "diverged": bool(failure) or validations[-1]["frame_error"] > nothing,
+        "curve": [round(r["frame_error"], 5) for r in validations], "loss": [round(r["loss"], 5) for r in validations],
+        "validation": best.get("frame_error"), "test": test,
+        "seconds": round(sum(r["seconds"] for r in records if r["event"] in ("train", "rest")), 1),
+    }
 
 
 def value(record: Record) -> float | None:

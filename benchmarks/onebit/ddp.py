@@ -1,4 +1,5 @@
-"""The peer of onebit_speed.py's accuracy runs: torch's DistributedDataParallel on gloo, plain or under PowerSGD's hook.
+"""The peers of onebit_speed.py's accuracy runs: torch's DistributedDataParallel on gloo, plain, under PowerSGD's hook,
+or as post-local SGD (torch's own hook, averager and optimizer).
 
     python -m mpi4py benchmarks/onebit/ddp.py SPEC              on every rank; onebit_speed.py starts it
 
@@ -14,11 +15,17 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.algorithms.model_averaging.utils import average_parameters
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc.batches import Batches, make_order
 from hpc.bench_loop import join_ddp
@@ -48,6 +55,27 @@ def judged(
     return loss / count, 1.0 - errors / count
 
 
+def local_from(
+    parallel: DistributedDataParallel, optimizer: torch.optim.Optimizer, spec: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """After so many steps ranks keep their gradients to themselves, and average their models every `period` steps."""
+    alone, _ = torch.distributed.new_subgroups(group_size=1)
+    parallel.register_comm_hook(PostLocalSGDState(None, alone, spec["starts"]), post_localSGD_hook)
+    averager = PeriodicModelAverager(period=spec["period"], warmup_steps=spec["starts"])
+    return PostLocalSGDOptimizer(optimizer, averager)
+
+
+def judged_average(parallel: torch.nn.Module, judge: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """What is judged is the mean of all ranks' models; they go on from their own (collective)."""
+    own = [p.detach().clone() for p in parallel.parameters()]
+    average_parameters(parallel.parameters(), torch.distributed.group.WORLD)
+    found = judge()
+    with torch.no_grad():
+        for parameter, values in zip(parallel.parameters(), own, strict=True):
+            parameter.copy_(values)
+    return found
+
+
 def work(spec: dict[str, Any]) -> None:
     recipe = load(spec["recipe"], spec["overrides"], registry())
     device, ranks = Device("cpu", recipe.precision, 0, recipe.threads), spec["ranks"]
@@ -61,7 +89,11 @@ def work(spec: dict[str, Any]) -> None:
     batches = Batches(order, recipe.seed, device.place)
     schedule = Schedule(make_policy(recipe), order.per_epoch, recipe.validate_.every // recipe.data.batch)
     parallel, rank = join_ddp(model, spec)
-    optimizer = torch.optim.SGD(parallel.parameters(), recipe.optim.learning_rate, recipe.optim.momentum)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        parallel.parameters(), recipe.optim.learning_rate, recipe.optim.momentum
+    )
+    if spec["period"]:
+        optimizer = local_from(parallel, optimizer, spec)
     curve, failure, seconds = list[dict[str, float]](), "", 0.0
     torch.distributed.barrier()
     began = time.perf_counter()
@@ -77,7 +109,7 @@ def work(spec: dict[str, Any]) -> None:
             failure = f"the loss is {total.item()} at step {t}"
         if t + 1 == schedule.next_judgement(t) and not failure:
             seconds += time.perf_counter() - began
-            loss, right = judged(task, model, held_out, device, rank, ranks)
+            loss, right = judged_average(parallel, lambda: judged(task, model, held_out, device, rank, ranks))
             curve.append({"frames": batches.progress(t + 1)[1], "seconds": seconds, "loss": loss, "accuracy": right})
             failure = "" if math.isfinite(loss) else f"the loss on held-out data is {loss} at step {t + 1}"
             began = time.perf_counter()

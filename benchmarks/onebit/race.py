@@ -140,6 +140,7 @@ class Race:
         spec = {
             "recipe": str(RECIPE), "overrides": self.overrides(run, folder), "ranks": RANKS, "out": str(out),
             "store": str(folder / "store"), "interface": "eth0", "powersgd": SIDES[run.side].powersgd,
+            "period": SIDES[run.side].period,
             "starts": max(self.setup["cold"], 2),
         }
         words = [sys.executable, "-m", "mpi4py", str(Path(__file__).with_name("ddp.py")), json.dumps(spec)]

@@ -25,6 +25,7 @@ class Side:
 
     strategy  of Trireme's recipe; None: torch's DistributedDataParallel
     powersgd  the rank of PowerSGD's matrices there; 0: plain
+    period    post-local SGD there: steps between averages of the models; 0: plain
     start     where the search for the learning rate begins
     like      the side whose learning rate it has, as it learns the same; "": its own
     beside    whom it is compared with
@@ -33,11 +34,13 @@ class Side:
     text: str
     strategy: dict[str, Any] | None = None
     powersgd: int = 0
+    period: int = 0
     start: float = 0.2
     like: str = ""
     beside: list[str] = field(default_factory=list)
 
 
+BLOCK = 31  # steps between averages: a part of the default --every
 PEERS = ["float32", "ddp", "powersgd1", "powersgd4"]
 SIDES = {
     "float32": Side(
@@ -50,7 +53,10 @@ SIDES = {
     "ddp": Side("torch DDP", like="float32"),
     "powersgd1": Side("torch DDP, PowerSGD of rank 1", powersgd=1),
     "powersgd4": Side("torch DDP, PowerSGD of rank 4", powersgd=4),
+    "bmuf": Side("BMUF-NBM", {"name": "bmuf", "block_steps": BLOCK}),
+    "postlocal": Side("torch DDP, post-local SGD", period=BLOCK),
 }
+OF_SPEED = list(SIDES)[:6]  # what exchanges every step
 
 
 class Team:

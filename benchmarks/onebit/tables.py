@@ -17,6 +17,7 @@ Record = dict[str, Any]
 STYLES = {  # which of the theme's series, dashes, marker: ours are solid, torch's dashed
     "float32": (0, "solid", "o"), "onebit": (1, "solid", "o"), "onebit-db": (4, "solid", "^"),
     "ddp": (7, (0, (4, 2)), "s"), "powersgd1": (2, (0, (4, 2)), "s"), "powersgd4": (3, (0, (4, 2)), "D"),
+    "bmuf": (2, "solid", "v"), "postlocal": (5, (0, (4, 2)), "v"),
 }
 STEP = 0.005  # accuracies that times are compared at are multiples of this
 
