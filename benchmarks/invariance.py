@@ -49,7 +49,7 @@ STRATEGIES = {
     "BMUF": 'strategy={name="bmuf", block_steps=5}',
     "BMUF, stopped amid blocks": 'strategy={name="bmuf", block_steps=7, turn_steps=2, local_state="kept"}',
     "elastic": 'strategy={name="elastic", block_steps=7, turn_steps=2}',
-    "master and slaves": 'strategy={name="master-slave", block_steps=5, tolerance=1.01}',
+    "master and slaves": 'strategy={name="master_slave", block_steps=5, tolerance=1.01}',
 }
 NOT_PROMISED = ("allreduce, ring",)
 

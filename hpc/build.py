@@ -45,7 +45,7 @@ from models.task import Task
 UPDATES = 4  # that a minibatch size is tried on, at least
 TASKS: dict[str, type] = {"frames": Frames, "sentences": Sentences, "lm": LanguageModel}
 STRATEGIES: dict[str, type] = {
-    "allreduce": AllReduce, "onebit": OneBitSGD, "bmuf": BMUF, "elastic": Elastic, "master-slave": MasterSlave,
+    "allreduce": AllReduce, "onebit": OneBitSGD, "bmuf": BMUF, "elastic": Elastic, "master_slave": MasterSlave,
 }
 RULES: dict[str, type] = {
     "sgd": optim.SGD, "momentum": optim.Momentum, "nesterov": optim.Nesterov, "adagrad": optim.AdaGrad,

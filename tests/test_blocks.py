@@ -304,7 +304,7 @@ WHOLE = ('optim={name="momentum", learning_rate=0.05, momentum=0.5}', "schedule.
     'name="bmuf", block_steps=7, turn_steps=3, local_state="kept"',
     'name="bmuf", block_steps=5, turn_steps=2, local_state="averaged", scheme="classical"',
     'name="elastic", block_steps=7, turn_steps=3',
-    'name="master-slave", turn_steps=3, tolerance=1.01, master_learning_rate=0.5',
+    'name="master_slave", turn_steps=3, tolerance=1.01, master_learning_rate=0.5',
 ])
 def test_a_whole_run_keeps_the_law_killed_and_resumed_amid_a_block(trireme, start, tmp_path, options):
     recipe = write_recipe(tmp_path)
@@ -343,7 +343,7 @@ def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
     """A rate at which every slave of the first epochs is lost: the master stays until it has been halved enough."""
     recipe = write_recipe(tmp_path)
     changes = (
-        'strategy={name="master-slave", master_learning_rate=1.0}', 'optim={name="sgd", learning_rate=200.0}',
+        'strategy={name="master_slave", master_learning_rate=1.0}', 'optim={name="sgd", learning_rate=200.0}',
         "data.draw=0.6", "schedule={name='halving', epochs=12}", "validate.every=0",
     )
     digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}

@@ -47,7 +47,7 @@ class Rejection(Accuracy):
             "data.batch": kind.minibatch * slaves, "data.draw": a.draw,
             "schedule": {"name": "halving", "epochs": a.sweeps}, "checkpoint.keep": 1,
             "strategy": {
-                "name": "master-slave", "rejection": judged, "tolerance": a.tolerance,
+                "name": "master_slave", "rejection": judged, "tolerance": a.tolerance,
                 "master_learning_rate": a.master_rate,
             },
             "optim": {"name": "momentum", "momentum": 0.9, "learning_rate": about["rate"]},
