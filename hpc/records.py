@@ -14,7 +14,10 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 # What a validation record says besides its metrics.
-BOOKKEEPING = frozenset({"event", "time", "step", "epoch", "frames", "learning_rate", "seconds", "verdict", "best"})
+BOOKKEEPING = frozenset({
+    "event", "time", "step", "epoch", "frames", "learning_rate", "seconds", "verdict", "best",
+    "slaves", "rejected", "stayed",  # what `Strategy.told` told
+})
 
 
 def read_attempts(run: Path) -> list[list[dict[str, Any]]]:

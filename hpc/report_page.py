@@ -213,16 +213,26 @@ def _validations(run: RunHistory) -> str:
         return '<p class="muted">No validation yet.</p>'
     names = list(dict.fromkeys(name for v in validations for name in metrics_of(v)))
     rows, before = [], -1
+    judged = ["slaves rejected"] if any("slaves" in v for v in validations) else []
     for v in validations:
         rows.append([
             f"{v['step']:,}", f"{number(v.get('epoch')):.4g}", amount(v.get("frames")),
             metric("loss", training_loss(trains, before, v["step"])), *(metric(name, v.get(name)) for name in names),
-            f"{number(v.get('learning_rate')):.4g}", str(v.get("verdict", "")) + (" ★ best" if v is run.best else ""),
+            f"{number(v.get('learning_rate')):.4g}", *(_rejected(v) for _ in judged),
+            str(v.get("verdict", "")) + (" ★ best" if v is run.best else ""),
         ])
         before = v["step"]
-    head = ["step", "epoch", run.noun, "training loss", *(spoken(name) for name in names), "learning rate", "verdict"]
+    head = ["step", "epoch", run.noun, "training loss", *(spoken(name) for name in names), "learning rate", *judged,
+            "verdict"]
     best = next((i for i, v in enumerate(validations) if v is run.best), -1)
     return _table(head, rows, texts=(len(head) - 1,), best=best)
+
+
+def _rejected(validation: dict[str, Any]) -> str:
+    """How many slaves, and which."""
+    which = validation.get("rejected", [])
+    said = f"{len(which)} of {validation.get('slaves', 0)}"
+    return said + (f" (split {', '.join(map(str, which))})" if which else "")
 
 
 def _time_spent(run: RunHistory) -> str:
