@@ -355,6 +355,8 @@ def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
     stayed = [line["stayed"] for line in judged]
     assert all(after == before / 2 for before, after, same in zip(rates, rates[1:], stayed, strict=False) if same)
     assert not all(stayed) and min(line["loss"] for line in judged) < judged[0]["loss"]
+    trireme("report", tmp_path / "run1")
+    assert "4 of 4 (split 0, 1, 2, 3)" in (tmp_path / "run1/report.html").read_text()
 
 
 def test_mistakes_are_explained(trireme, tmp_path):
