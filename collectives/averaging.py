@@ -10,6 +10,8 @@ the negative mean, so the test reads loss_s > t loss_p. The master's update, wit
 alpha being the master's learning rate, beta its regularization. The batches of the data, 25 x 0.1 or 50 x 0.05 of it,
 are `splits` and `data.draw`; the warm start is `init_from` a run of one epoch.
 
+The average weighs slaves by what they counted, which is the same for all where they draw; the paper's is plain.
+
 A slave that exploded, or whose loss is no number, is rejected like others. Every slave is judged by the rank that holds
 it, over the whole validation set, so a verdict does not depend on the number of ranks. When all are rejected the master
 stays, and the schedule is told, which halves the rate.
@@ -18,6 +20,7 @@ stays, and the schedule is told, which halves the rate.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -39,7 +42,10 @@ class MasterSlave(Blocks):
     tolerance              t: how many times the master's validation loss a slave's may be
     master_learning_rate   alpha
     master_regularization  beta
-    turn_steps             as `Blocks` has it
+    turn_steps             minibatches after which a run can be stopped or checkpointed amid a block, as `Blocks` has it
+
+    Hidden state that is carried from batch to batch stays a slave's own from block to block, rejected or not; at an
+    epoch's start there is none.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class MasterSlave(Blocks):
         tolerance: Annotated[float, Ge(1)] = 1.1,
         master_learning_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
         master_regularization: Annotated[float, Ge(0), Lt(1)] = 1e-6,
-        turn_steps: Annotated[int, Ge(0)] = 0,
+        turn_steps: Annotated[int, Ge(0)] = 500,
     ):
         super().__init__(comm, flat, rule, batch, block_steps=block_steps or EPOCH, turn_steps=turn_steps)
         self.rejection, self.tolerance = rejection, tolerance
@@ -62,17 +68,13 @@ class MasterSlave(Blocks):
         self.master_loss = math.inf  # of the block under way
         self.learning = False  # whether a slave's model is entered
         self.verdicts: list[tuple[int, bool]] = []  # in this block, of this rank's splits: whether they are rejected
-        self.judged, self.turned_away = 0, list[int]()  # since the last validation, over all ranks
+        # Since the last validation, over all ranks: how many were judged, and how often each split was rejected.
+        self.judged, self.turned_away = 0, Counter[int]()
 
     def block_constants(self) -> BlockConstants:
         return BlockConstants(0.0, rate=self.master_learning_rate, keep=1.0 - self.master_regularization)
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
-        if self.rejection and self.evaluate is None:
-            raise ValueError(
-                "strategy.rejection judges slaves by their loss on data.validation, which is empty; give a validation "
-                "set, or set strategy.rejection = false"
-            )
         every = "validation" if self.block_steps == EPOCH else f"{self.block_steps} minibatches"
         turned = f"those above {self.tolerance:g} times its loss rejected" if self.rejection else "none rejected"
         return {"said": f"every {every} the master learns from {self.comm.n_splits} slaves, {turned}, learning rate "
@@ -81,8 +83,7 @@ class MasterSlave(Blocks):
     def span(self, limit: int) -> int:
         if self.rejection and not self.done:
             assert self.evaluate is not None
-            with self.phase("exchange"):
-                self.end()
+            self.flat.weights.copy_(self.start)  # the master, for there is no look-ahead
             with self.phase("judge"):
                 self.master_loss = self.evaluate(False)["loss"]
         return super().span(limit)
@@ -93,6 +94,7 @@ class MasterSlave(Blocks):
 
     def fail(self, message: str) -> None:
         """A slave whose numbers are not finite is lost, and will be rejected; all else stops the run."""
+        self.failed = True
         if self.rejection and self.learning:
             self.flat.weights.fill_(math.nan)
         else:
@@ -108,6 +110,7 @@ class MasterSlave(Blocks):
             rejected = not loss <= self.tolerance * self.master_loss  # or no number at all
             self.verdicts.append((split, rejected))
             if rejected:
+                self.failed = True
                 self.counted[split] = 0  # a model without weight
         super().leave(split)
 
@@ -116,15 +119,16 @@ class MasterSlave(Blocks):
         if self.closing and self.rejection:
             everyone = sorted((split, bad) for rank in self.comm.gather(self.verdicts) for split, bad in rank)
             self.judged += len(everyone)
-            self.turned_away += [split for split, bad in everyone if bad]
+            self.turned_away.update(split for split, bad in everyone if bad)
             self.verdicts = []
 
     def told(self) -> dict[str, Any]:
         if not self.rejection:
             return {}
         judged, rejected = self.judged, self.turned_away
-        self.judged, self.turned_away = 0, []
-        return {"slaves": judged, "rejected": rejected, "stayed": 0 < judged == len(rejected)}
+        self.judged, self.turned_away = 0, Counter()
+        times = {str(split): rejected[split] for split in sorted(rejected)}  # JSON has no other keys
+        return {"slaves": judged, "rejected": times, "stayed": 0 < judged == rejected.total()}
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class MasterSlave(Blocks):
         state = super().state()
         state.common |= {
             "master_loss": self.master_loss if self.done else None, "judged": self.judged,
-            "turned_away": list(self.turned_away),
+            "turned_away": sorted(self.turned_away.items()),
         }
         return state
 
@@ -140,4 +144,4 @@ class MasterSlave(Blocks):
         super().restore(joined)
         held = joined.common["master_loss"]
         self.master_loss = math.inf if held is None else held
-        self.judged, self.turned_away = joined.common["judged"], list(joined.common["turned_away"])
+        self.judged, self.turned_away = joined.common["judged"], Counter(dict(joined.common["turned_away"]))

@@ -14,6 +14,7 @@ Legend: P floats of the flat buffer, S floats that this rank owns, N splits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,14 +39,17 @@ class Joining:
 
     common  [P]: results, one buffer for an island's ranks on CPUs
     apply   makes a result of a part of the sum
+    note    told of the exchange's parts, as `Strategy.note` is
     """
 
-    def __init__(self, comm: Comm, size: int, device: torch.device, apply: Apply):
+    def __init__(
+        self, comm: Comm, size: int, device: torch.device, apply: Apply, note: Callable[[str, int, int], None]
+    ):
         memory = comm.memory
         self.common = memory.common(size) if device.type == "cpu" else memory.zeros(size, device)
         self.layout = Layout(size, comm.islands, size)
         plan = Plan(Leaves(comm, size, device=device), memory.results(self.common), self.common, self.layout)
-        self.exchange = Exchange(comm, self.common, plan, apply=apply)
+        self.exchange = Exchange(comm, self.common, plan, apply=apply, note=note)
 
 
 class Blocks(Strategy):
@@ -77,10 +81,10 @@ class Blocks(Strategy):
         device = flat.weights.device
         self.gradient = torch.zeros(flat.size, device=device)
         self.slots = {name: torch.zeros(flat.size, device=device) for name in rule.slots}
-        self.joining = Joining(comm, flat.size, device, self._apply)
+        self.joining = Joining(comm, flat.size, device, self._apply, lambda *part: self.note(*part))
         self.start, self.exchange = self.joining.common, self.joining.exchange
         self.averages = {
-            name: Joining(comm, flat.size, device, self._averaged(name))
+            name: Joining(comm, flat.size, device, self._averaged(name), self._noted(name))
             for name in (rule.slots if local_state == "averaged" else ())
         }
         self.pieces = self.joining.layout.owned(comm.rank)
@@ -207,6 +211,9 @@ class Blocks(Strategy):
         if not block_(total, self.weights[mine], self.change[mine], start, self.constants):
             arrays = [("what the splits departed by", total), ("the change of the global model", self.change[mine])]
             self.fail_at(low, "a block's update", arrays, "numbers overflow")
+
+    def _noted(self, name: str) -> Callable[[str, int, int], None]:
+        return lambda part, begin, end: self.note(f"{name} {part}", begin, end)
 
     def _averaged(self, name: str) -> Apply:
         def apply(total: torch.Tensor, low: int) -> None:

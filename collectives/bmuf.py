@@ -58,11 +58,6 @@ class BMUF(Blocks):
         turn_steps: Annotated[int, Ge(0)] = 0,
         local_state: LocalState = "reset",
     ):
-        if scheme == "averaging" and block_momentum > 0:
-            raise ValueError(
-                f"strategy.block_momentum = {block_momentum} goes with strategy.scheme 'nesterov' or 'classical'; "
-                "model averaging has none"
-            )
         super().__init__(
             comm, flat, rule, batch, block_steps=block_steps, turn_steps=turn_steps, local_state=local_state
         )
@@ -71,6 +66,14 @@ class BMUF(Blocks):
         elif block_momentum < 0:
             block_momentum = block_momentum_of(comm.n_splits, block_learning_rate)
         self.scheme, self.block_momentum, self.block_learning_rate = scheme, block_momentum, block_learning_rate
+
+    @staticmethod
+    def check(**options: Any) -> None:
+        if options["scheme"] == "averaging" and options["block_momentum"] > 0:
+            raise ValueError(
+                f"strategy.block_momentum = {options['block_momentum']} goes with strategy.scheme 'nesterov' or "
+                "'classical'; model averaging has none"
+            )
 
     def block_constants(self) -> BlockConstants:
         ahead = self.block_momentum if self.scheme == "nesterov" else 0.0

@@ -267,13 +267,16 @@ class Comm:
         finally:
             self.waiting = ""
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank's flag was up at the previous call: non-blocking, one turn late, the same on all ranks."""
+    def agree(self, flag: bool, now: bool = False) -> bool:
+        """Whether any rank's flag was up at the previous call: non-blocking, one turn late, the same on all ranks.
+
+        now  whether to wait for the answer at this call, too (the same on all ranks)
+        """
         answer = self.settle()
         mine, result = np.array([flag], np.int32), np.zeros(1, np.int32)
         self._pending = (self._agreeing.Iallreduce(mine, result, op=MPI.MAX), result)
         self._sent = mine  # MPI reads it until the call completes
-        return answer
+        return (self.settle() or answer) if now else answer
 
     def settle(self) -> bool:
         """Complete the last `agree` still on its way; its answer (False if there is none)."""

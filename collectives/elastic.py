@@ -6,7 +6,8 @@ the model of split i, x the centre, N splits and beta the moving rate, every blo
 
     x_i <- x_i - (beta / N) (x_i - x)          x <- x + beta (mean of all x_i - x)
 
-both with x as it was before. What is judged, saved and shipped is the centre. Momentum and the like stay a split's own.
+both with x as it was before, the mean weighted by what the splits counted; one that had no data neither pulls nor is
+pulled. What is judged, saved and shipped is the centre. Momentum and the like stay a split's own.
 """
 
 from __future__ import annotations

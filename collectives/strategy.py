@@ -118,6 +118,10 @@ class Strategy:
         self.failed = False
 
     @staticmethod
+    def check(**options: Any) -> None:
+        """Raise ValueError for options that do not go together, before anything is made of them."""
+
+    @staticmethod
     def parts_of_a_batch(**options: Any) -> int:
         """In how many parts, each a batch to the loop, the recipe's batch is learned under these options."""
         return 1

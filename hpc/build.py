@@ -241,6 +241,11 @@ def _checked_fields(recipe: Recipe) -> dict[str, Any]:
     fields = read_manifest(Path(recipe.data.train))["fields"]
     if recipe.data.validation:
         compare_fields(fields, read_manifest(Path(recipe.data.validation))["fields"], recipe.data.validation)
+    elif getattr(recipe.strategy, "rejection", False):
+        raise RecipeError(
+            "strategy.rejection judges slaves by their loss on data.validation, which is empty; give a validation set, "
+            "or set strategy.rejection = false"
+        )
     elif recipe.schedule.name in ("halving", "newbob") or recipe.schedule.patience:
         raise RecipeError(
             f"schedule '{recipe.schedule.name}' judges validation results, and data.validation is empty; "

@@ -96,4 +96,5 @@ def learn(job: Job, batch: Any, split: int, t: int, carry: Carry) -> tuple[int, 
             f"the loss is {loss} at step {t} (rank {job.comm.rank}, split {split}, utterances "
             f"{', '.join(some)} among others); {job.strategy.remedy}"
         )
+        carry = None  # where the run goes on, it is without what this came from
     return count, carry

@@ -98,7 +98,7 @@ class Shuffled(Order):
         runs = self.runs_of(split, epoch, block)
         if not runs:
             return empty_piece()
-        piece = read_for(self.task, self.dataset, runs)
+        piece = read_for(self.task, self.dataset, runs, starts=self._starts)
         self.task.check(piece)
         piece.take_(torch.from_numpy(generator(self.seed, SHUFFLE, epoch, block, split).permutation(len(piece))))
         if self.task.unit == "sequence":
@@ -189,17 +189,18 @@ class Lanes(Order):
         draw: float = 0.0,
     ):
         lanes, rest = divmod(batch, task.steps)
+        noun = task.noun
         if rest or lanes % n_splits:
             raise ValueError(
-                f"data.batch = {batch} words are no whole number of lanes of task.steps = {task.steps} words for each "
-                f"of {n_splits} splits; use a multiple of {task.steps * n_splits}"
+                f"data.batch = {batch} {noun} are no whole number of lanes of {task.steps} {noun} for each of "
+                f"{n_splits} splits; use a multiple of {task.steps * n_splits}"
             )
         self.seed, self.draw = seed, draw
         drawn = int(draw * (dataset.rows - 1)) * n_splits if draw else dataset.rows - 1
         self.length = drawn // lanes  # of a lane; every row has one after it, to be predicted
         if not self.length:
             raise DataError(
-                f"data set '{dataset.folder}' has {dataset.rows} words, too few for {lanes} lanes; lower data.batch"
+                f"data set '{dataset.folder}' has {dataset.rows} {noun}, too few for {lanes} lanes; lower data.batch"
             )
         super().__init__(dataset, task, lanes * self.length, n_splits, batch, split_frames)
 

@@ -57,11 +57,12 @@ def read_sequences(dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
     return piece
 
 
-def read_chunks(dataset: Dataset, runs: Iterable[tuple[int, int]], centre: int, margin: int) -> Piece:
-    """Read row ranges that hold whole chunks, so many rows of an utterance each, with rows on either side; every chunk
-    is an item, its first row."""
+def read_chunks(dataset: Dataset, runs: Iterable[tuple[int, int]], begins: np.ndarray, margin: int) -> Piece:
+    """Read row ranges that hold whole chunks, with rows on either side; every chunk is an item, its first row.
+
+    begins  the first row of every chunk of the data set, as `item_starts` has them
+    """
     runs = list(runs)
-    begins = _chunk_starts(dataset, centre)
     at, positions = 0, []
     for low, high in runs:
         first, last = np.searchsorted(begins, [low, high])
@@ -89,11 +90,9 @@ def item_starts(dataset: Dataset, unit: Unit, steps: int) -> np.ndarray | None:
     """
     if unit == "sequence":
         return dataset.starts
-    return _chunk_starts(dataset, steps) if unit == "chunk" else None
-
-
-def _chunk_starts(dataset: Dataset, centre: int) -> np.ndarray:
-    return chunk_starts(torch.from_numpy(np.asarray(dataset.starts, np.int64)), centre).numpy()
+    if unit != "chunk":
+        return None
+    return chunk_starts(torch.from_numpy(np.asarray(dataset.starts, np.int64)), steps).numpy()
 
 
 def read_stream(dataset: Dataset, runs: Iterable[tuple[int, int]]) -> Piece:
@@ -123,13 +122,20 @@ def whole_utterances(dataset: Dataset, low: int, high: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def read_for(task: Task, dataset: Dataset, runs: Iterable[tuple[int, int]], unit: Unit | None = None) -> Piece:
-    """Read row ranges as the task's items, or as items of another unit."""
+def read_for(
+    task: Task, dataset: Dataset, runs: Iterable[tuple[int, int]], unit: Unit | None = None,
+    starts: np.ndarray | None = None,
+) -> Piece:
+    """Read row ranges as the task's items, or as items of another unit.
+
+    starts  unit "chunk": where the data set's items begin
+    """
     unit = unit or task.unit
     if unit == "row":
         return read_piece(dataset, runs, task.margin)
     if unit == "chunk":
-        return read_chunks(dataset, runs, task.steps, task.margin)
+        assert starts is not None
+        return read_chunks(dataset, runs, starts, task.margin)
     if unit == "stream" and task.margin:
         return read_lanes(dataset, runs, task.margin)
     return (read_sequences if unit == "sequence" else read_stream)(dataset, runs)

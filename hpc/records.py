@@ -14,10 +14,9 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 # What a validation record says besides its metrics.
-BOOKKEEPING = frozenset({
-    "event", "time", "step", "epoch", "frames", "learning_rate", "seconds", "verdict", "best",
-    "slaves", "rejected", "stayed",  # what `Strategy.told` told
-})
+BOOKKEEPING = frozenset(
+    {"event", "time", "step", "epoch", "frames", "learning_rate", "seconds", "verdict", "best", "told"}
+)
 
 
 def read_attempts(run: Path) -> list[list[dict[str, Any]]]:

@@ -213,7 +213,7 @@ def _validations(run: RunHistory) -> str:
         return '<p class="muted">No validation yet.</p>'
     names = list(dict.fromkeys(name for v in validations for name in metrics_of(v)))
     rows, before = [], -1
-    judged = ["slaves rejected"] if any("slaves" in v for v in validations) else []
+    judged = ["slaves rejected"] if any("slaves" in v.get("told", {}) for v in validations) else []
     for v in validations:
         rows.append([
             f"{v['step']:,}", f"{number(v.get('epoch')):.4g}", amount(v.get("frames")),
@@ -230,9 +230,10 @@ def _validations(run: RunHistory) -> str:
 
 def _rejected(validation: dict[str, Any]) -> str:
     """How many slaves, and which."""
-    which = validation.get("rejected", [])
-    said = f"{len(which)} of {validation.get('slaves', 0)}"
-    return said + (f" (split {', '.join(map(str, which))})" if which else "")
+    told = validation.get("told", {})
+    which: dict[str, int] = told.get("rejected", {})
+    said = f"{sum(which.values())} of {told.get('slaves', 0)}"
+    return said + (f" (split {', '.join(which)})" if which else "")
 
 
 def _time_spent(run: RunHistory) -> str:

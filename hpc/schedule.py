@@ -203,7 +203,7 @@ class Schedule:
         self.validations += 1
         if loss < self.best:
             self.best, self.best_at, self.since_best = loss, at, 0
-        else:
+        elif not stayed:
             self.since_best += 1
         if verdict == "stop":
             self.stopped = "schedule"

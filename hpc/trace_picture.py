@@ -44,7 +44,7 @@ SHADES = ("#3b1a66", "#8d66bd", "#d9c8ec", "#f4effa")  # of the kinds of an exch
 DARK_SHADES = 2  # so many of them take white text
 # What its colour alone does not tell from forward or backward in grey.
 PATTERNS = {WAITING: "////", "read": "....", "checkpoint": "\\\\\\", "validate": "---",
-            "log": "|||", "select": "xxx", "judge": "xxx"}
+            "log": "|||", "select": "xxx", "judge": "oo"}
 PALE = "#fbe3d1"  # the ground of what is waited for, under stripes in the phase's colour
 WORDS = {"reduce": "reduce: gather and sum gradients", "update": "update: new weights from them",
          "share": "share: new weights to all"}

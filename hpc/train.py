@@ -27,7 +27,7 @@ def train(job: Job, at: int = 0, carry: Carries | None = None) -> bool:
         judged = schedule.next_judgement(at)
         n = turn(job, at, judged - at, carry)
         at += n
-        stopping = comm.agree(job.stop.requested)  # all ranks learn of it one turn later, at the same step
+        stopping = comm.agree(job.stop.requested, now=n > 1)  # one turn later, where turns are short
         meter.turn(at, job.strategy.rate.learning_rate)
         job.saver.poll()
         best = judge(job, at) if at == judged else False
@@ -48,7 +48,8 @@ def train(job: Job, at: int = 0, carry: Carries | None = None) -> bool:
 def judge(job: Job, at: int) -> bool:
     """Validate on all ranks, let rank 0 decide, and follow; whether this is the best model so far (collective)."""
     comm, schedule, meter = job.comm, job.schedule, job.meter
-    job.strategy.end()
+    with meter("exchange"):
+        job.strategy.end()
     if job.evaluate is None:
         schedule.stopped = "epochs" if at >= schedule.steps else ""
         return False
@@ -65,7 +66,7 @@ def judge(job: Job, at: int) -> bool:
     epoch, frames = meter.progress(at)
     meter.journal.write(
         "validate", step=at, epoch=epoch, frames=frames, learning_rate=rate, verdict=verdict, best=best,
-        seconds=meter.totals["validate"] - seconds, **metrics, **told,
+        seconds=meter.totals["validate"] - seconds, **metrics, **({"told": told} if told else {}),
     )
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     numbers += "".join(f"  {name} {value}" for name, value in told.items())

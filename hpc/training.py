@@ -27,7 +27,7 @@ EXAMPLES = """examples:
 
 The same command started again goes on from the last checkpoint, with any number of ranks that divides 'splits', and
 learns exactly what it would have learned without the interruption. SIGTERM, SIGUSR1 or Ctrl-C: checkpoint at the next
-step and exit with code 75.
+step and exit with code 75; where splits train by blocks, at the block's end or after strategy.turn_steps minibatches.
 """
 
 
@@ -48,6 +48,8 @@ def _check(recipe: Recipe, comm: Comm) -> None:
     """Raise ValueError for what a recipe says wrong, before a run folder is made."""
     check_dealing(recipe.splits, comm.size)
     make_policy(recipe)
+    kind: Any = registry()["strategy"][recipe.strategy.name]
+    kind.check(**options(recipe.strategy))
     registry()["optim"][recipe.optim.name](**options(recipe.optim))  # for what it refuses
     if recipe.init_from:
         finished_model(Path(recipe.init_from))

@@ -3,7 +3,7 @@
     utterance   epoch-wise BPTT: utterances whole, padded to the batch's longest
     chunks      context-sensitive chunks, "21-64+21" (paper 003, section 3.1): 64 frames, whose outputs count, with 21
                 past and 21 future frames as context; every chunk starts from nothing. In decoding chunks overlap by
-                half (the paper's 32 frames), and a frame's posterior is the mean of its two
+                half (the paper's 32 frames), and a frame's posterior is the mean of those it has, two as a rule
     truncated   lanes of running frames, "20" at a time: the state goes on from batch to batch, gradients do not. With
                 layers of both directions, "64+21": latency-controlled. The forward direction goes on from what it was
                 after the 64 frames, the backward one starts from nothing after 21 more (Zhang et al. 2016)
@@ -88,7 +88,7 @@ class SequenceBatch(NamedTuple):
         if carry is None or self.begin is None:
             return None
         lane, goes_on = self.begin
-        return tuple(state[lane] * goes_on[:, None] for state in carry)
+        return tuple(torch.where(goes_on[:, None], state[lane], 0.0) for state in carry)
 
     def carried(self, state: Carry) -> Carry:
         """What the next batch starts from."""
@@ -147,7 +147,11 @@ class Cutter:
         return self._batch(piece, Cut(at, steps, first, last, begin, end), lambda sequence: low + sequence)
 
     def stretch(self, piece: Piece, low: int, high: int) -> SequenceBatch:
-        """Lanes, cut where an utterance begins: every part of one is a sequence."""
+        """Lanes, cut where an utterance begins: every part of one is a sequence.
+
+        With a delay, a lane that begins amid an utterance at first says what frames before it were, which it did not
+        see; the lane before it ends without having said them.
+        """
         assert self.chunk is not None
         lanes = piece.lanes
         items_LT = piece.items[low:high].view(-1, lanes).T
@@ -173,7 +177,8 @@ class Cutter:
     # -- decoding, of whole utterances ------------------------------------------------------------------------------
 
     def overlapping(self, piece: Piece, low: int, high: int) -> SequenceBatch:
-        """Chunks that begin half a chunk after each other: every frame is in the middle of two."""
+        """Chunks that begin half a chunk after each other: every frame is in the middle of two (one, if half a chunk is
+        no whole number of frames, of some)."""
         assert self.chunk is not None
         first, last = piece.first[low:high], piece.last[low:high]
         half = (self.chunk.centre + 1) // 2

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from functools import partial
 
 import pytest
 import torch
 from material import write_recipe
 from test_strategies import alone
-from test_training import kill, train, wait_for_step
+from test_training import kill, ranks_below, train, wait_for_step
 
 from collectives.averaging import MasterSlave
 from collectives.bmuf import BMUF, block_momentum_of
@@ -194,9 +196,8 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_split():
 
 
 def test_averaging_has_no_block_momentum():
-    comm = alone().with_splits(4)
     with pytest.raises(ValueError, match=r"strategy\.block_momentum = 0\.5 goes with"):
-        Splits(comm, None, block_steps=1, scheme="averaging", block_momentum=0.5)
+        BMUF.check(block_steps=1, scheme="averaging", block_momentum=0.5)
 
 
 @several
@@ -247,7 +248,7 @@ def test_the_masters_update_of_equation_19():
             own = [w - rate * (w - 1 - 0.1 * split) for split, w in enumerate(own)]
         master = (1 - beta) * master + alpha * (sum(own) / 4 - master)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), master), rtol=1e-5, atol=0)
-    assert found.strategy.told() == {"slaves": 12, "rejected": [], "stayed": False}
+    assert found.strategy.told() == {"slaves": 12, "rejected": {}, "stayed": False}
     assert found.strategy.told()["slaves"] == 0, "told once"
 
 
@@ -262,7 +263,7 @@ def test_slaves_that_got_worse_or_exploded_are_turned_away():
         Comm(4), gradient, block_steps=2, master_learning_rate=1.0, master_regularization=0.0
     ).run(2, 0.5)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), 0.75))
-    assert found.strategy.told() == {"slaves": 4, "rejected": [1, 2], "stayed": False}
+    assert found.strategy.told() == {"slaves": 4, "rejected": {"1": 1, "2": 1}, "stayed": False}
 
 
 def test_without_rejection_both_spoil_the_master():
@@ -287,12 +288,7 @@ def test_when_all_slaves_are_rejected_the_master_stays():
     assert not found.strategy.told()["stayed"]
     found.run(2, 0.5)
     assert torch.equal(found.weights, before), "not even regularized"
-    assert found.strategy.told() == {"slaves": 4, "rejected": [0, 1, 2, 3], "stayed": True}
-
-
-def test_rejection_needs_a_validation_set():
-    with pytest.raises(ValueError, match=r"judges slaves by their loss on data\.validation"):
-        slaves(alone().with_splits(4), None, loss=None)
+    assert found.strategy.told() == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -350,9 +346,10 @@ def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
     assert len(digests) == 1
     lines = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "validate"]
-    assert judged[0]["rejected"] == [0, 1, 2, 3] and judged[0]["slaves"] == 4 and judged[0]["verdict"] == "halve"
+    assert judged[0]["told"] == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
+    assert judged[0]["verdict"] == "halve"
     rates = [line["learning_rate"] for line in judged]
-    stayed = [line["stayed"] for line in judged]
+    stayed = [line["told"]["stayed"] for line in judged]
     assert all(after == before / 2 for before, after, same in zip(rates, rates[1:], stayed, strict=False) if same)
     assert not all(stayed) and min(line["loss"] for line in judged) < judged[0]["loss"]
     trireme("report", tmp_path / "run1")
@@ -367,3 +364,23 @@ def test_mistakes_are_explained(trireme, tmp_path):
     ):
         done = trireme("train", recipe, f'strategy={{name="bmuf"{", " if options else ""}{options}}}', code=None)
         assert done.returncode and said in done.stderr and "Traceback" not in done.stderr, (options, done.stderr)
+        assert not (tmp_path / "run").exists(), "found before anything was made"
+    fixed = ("data.validation=", "schedule={name='constant'}", 'strategy={name="master_slave"}')
+    done = trireme("train", recipe, *fixed, code=None)
+    assert "judges slaves by their loss on data.validation, which is empty" in done.stderr
+    assert done.returncode and not (tmp_path / "run/recipe.toml").exists()
+
+
+def test_a_run_of_slaves_can_be_stopped_amid_an_epoch_and_goes_on(trireme, start, tmp_path):
+    recipe = write_recipe(tmp_path)
+    changes = ('strategy={name="master_slave", turn_steps=4}', *WHOLE, "validate.every=0", "log.every=1")
+    whole = train(trireme, recipe, 2, tmp_path / "whole", *changes)
+    process = start("train", recipe, f"run={tmp_path / 'run'}", *changes, ranks=2)
+    wait_for_step(tmp_path / "run", 4, process)
+    for pid in ranks_below(process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    per_epoch = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["steps_per_epoch"]
+    steps = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("step-*")]
+    assert max(steps) % per_epoch and max(steps) < 2 * per_epoch, (steps, per_epoch)
+    assert train(trireme, recipe, 1, tmp_path / "run", *changes) == whole

@@ -168,6 +168,15 @@ def test_running_on_is_as_good_as_the_whole(data, network, delay, split_frames):
     torch.testing.assert_close(found, expected[:n], rtol=1e-5, atol=1e-6)
 
 
+def test_a_carry_that_is_no_number_harms_no_utterance_that_begins(data):
+    task = task_of(data, bptt="truncated", chunk="20")
+    some_fresh = (b for b in streamed(data, task, lanes=4)[1][0] if b.begin[1].any() and not b.begin[1].all())
+    batch = next(some_fresh)
+    _, goes_on = batch.begin
+    state = batch.started((torch.full((4, 4), float("nan")), torch.ones(4, 4)))
+    assert torch.isnan(state[0][goes_on]).all() and not state[0][~goes_on].any() and not state[1][~goes_on].any()
+
+
 def latency_controlled(model, features, centre, right):
     """Of one utterance [T, D], chunk by chunk and layer by layer, as Zhang et al. 2016 have it; logits [T, C]."""
     states, out = {}, []

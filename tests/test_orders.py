@@ -17,7 +17,7 @@ from models.frames import Frames
 class Words:
     """A task that only looks at what it is given."""
 
-    fields, targets, unit, judged, per_row, margin = ("words",), (), "stream", None, False, 0
+    fields, targets, unit, judged, per_row, margin, noun = ("words",), (), "stream", None, False, 0, "words"
 
     def __init__(self, steps):
         self.steps = steps
@@ -101,6 +101,53 @@ def test_every_word_but_the_first_is_evaluated_once(tmp_path, lengths):
         for _, targets, _ in batches_of(Words(35), data, runs, lambda x: x):
             found += targets.flatten().tolist()
     assert sorted(found) == list(range(1, sum(lengths)))
+
+
+def test_lanes_that_are_drawn_begin_anywhere_and_anew_every_epoch(text):
+    order = make_order(text, Words(5), 2, batch=4 * 5, split_frames=60, runs=1, seed=1, draw=0.3)
+    assert order.length == int(0.3 * (text.rows - 1)) // 2 and order.total == 4 * order.length
+    batches = Batches(order, 1, lambda x: x)
+    begins = set()
+    for epoch in range(3):
+        for split in range(2):
+            steps = [batches(split, t) for t in range(epoch * order.per_epoch, (epoch + 1) * order.per_epoch)]
+            words = torch.cat([inputs for inputs, _, _ in steps])
+            assert torch.equal(words - words[0], torch.arange(order.length)[:, None].expand(-1, 2)), "in a stretch"
+            assert all(torch.equal(targets, inputs + 1) for inputs, targets, _ in steps)
+            begins |= set(words[0].tolist())
+    batches.close()
+    assert len(begins) > 6 and max(begins) + order.length < text.rows
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    splits=some.sampled_from([1, 3]), draw=some.sampled_from([0.1, 0.5, 1.0]),
+    network=some.sampled_from(["dnn", "sru"]), split_frames=some.sampled_from([1, 120, 10_000]),
+)
+def test_every_split_draws_its_part_without_looking_at_others(frames, splits, draw, network, split_frames):
+    data = Dataset(frames)
+    task = Frames(data.manifest["fields"], network=network, context=0, layers=1, width=4)
+
+    def drawn(n_splits, split, epoch):
+        order = make_order(
+            data, task, n_splits, batch=4 * n_splits, split_frames=split_frames, runs=3, seed=1, draw=draw
+        )
+        items = data.rows if network == "dnn" else data.utterances
+        assert order.total == n_splits * round(draw * items)
+        assert order.per_epoch == -(-order.total // order.batch)
+        runs = [order.runs_of(split, epoch, block) for block in range(order.blocks)]
+        rows = [row for block in runs for low, high in block for row in range(low, high)]
+        assert len(set(rows)) == len(rows), "none twice"
+        assert sum(len(order.load(split, epoch, block)) for block in range(order.blocks)) == order.total // n_splits
+        return rows
+
+    found = {(split, epoch): drawn(splits, split, epoch) for split in range(splits) for epoch in range(2)}
+    if split_frames == 10_000:  # pieces are as long whatever the number of splits
+        assert drawn(5, 0, 1) == found[0, 1]
+    if draw < 1:
+        assert len({tuple(rows) for rows in found.values()}) == len(found), "others, and anew every epoch"
+    else:
+        assert all(sorted(rows) == list(range(data.rows)) for rows in found.values())
 
 
 def recurrent(folder, splits, *, batch=8, split_frames=400, seed=1):

@@ -47,6 +47,9 @@ def test_a_model_that_stayed_is_no_result_and_halves_the_rate():
         [(2.0, False), (2.0, True), (2.0, True), (1.5, False), (1.499, False)], 1
     )]
     assert verdicts == ["continue", "halve", "halve", "continue", "halve"] and not schedule.stopped
+    patient = Schedule(Constant(0.1, patience=2), 10)
+    assert [patient.judge(10 * k, 1.0, stayed=k > 1) for k in range(1, 7)] == ["continue", *["halve"] * 5]
+    assert not patient.stopped, "one that waits for a smaller rate is not without progress"
     assert copied(schedule, Halving(0.1)).rate(50).learning_rate == pytest.approx(0.1 / 8)
 
 

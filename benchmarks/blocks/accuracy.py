@@ -153,24 +153,27 @@ def value(record: Record) -> float | None:
     return None if record["diverged"] or record["validation"] is None else 1 - record["validation"]
 
 
-def add_arguments(parser: argparse.ArgumentParser, folder: Path) -> None:
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def add_common(parser: argparse.ArgumentParser, folder: Path, out: str, sweeps: int) -> None:
+    """What commands that train many runs have in common."""
+    parser.add_argument("--data", type=Path, default=folder / "data" / "an4_102", help="holds train, validation, test")
+    parser.add_argument("--data-name", default="an4", help="its name in the records (default: an4)")
+    parser.add_argument("--seeds", type=integers, default=[1, 2, 3])
+    parser.add_argument("--sweeps", type=int, default=sweeps, help=f"after the initial model's one (default {sweeps})")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work", type=Path, default=folder / "runs" / "bmuf", help="where runs are kept meanwhile")
+    parser.add_argument("--out", type=Path, default=folder / "benchmarks" / "results" / out, help="finished runs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     def names(text: str) -> list[str]:
         return text.split(",")
 
-    def integers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
-    parser.add_argument("--data", type=Path, default=folder / "data" / "an4_102", help="holds train, validation, test")
-    parser.add_argument("--data-name", default="an4", help="its name in the records (default: an4)")
     parser.add_argument("--network", choices=NETWORKS, default="dnn")
     parser.add_argument("--methods", type=names, default=["sgd", *METHODS], help="default: sgd,ma,cbm,nbm")
     parser.add_argument("--splits", type=integers, default=[8, 16, 32, 64], help="default: 8,16,32,64")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3])
     parser.add_argument("--tune", action="store_true", help="search the learning rates only")
     parser.add_argument("--tuning-seed", type=int, default=1, help="whose runs say which rate is best, for all seeds")
-    parser.add_argument("--sweeps", type=int, default=8, help="after the initial model's one (default 8)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--work", type=Path, default=folder / "runs" / "bmuf", help="where runs are kept meanwhile")
-    parser.add_argument(
-        "--out", type=Path, default=folder / "benchmarks" / "results" / "bmuf_accuracy.jsonl", help="finished runs"
-    )

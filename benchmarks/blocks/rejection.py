@@ -54,10 +54,11 @@ class Rejection(Accuracy):
         }
         run, failure = self.run("-".join(map(str, about.values())).replace(" ", "_").replace(",", ""), changes, program)
         judgements = [r for r in read_records(run) if r["event"] == "validate"]
+        tellings = [r.get("told", {}) for r in judgements]
         found = outcome(run, failure, a.data) | {
-            "slaves": sum(r.get("slaves", 0) for r in judgements),
-            "rejected": [r.get("rejected", []) for r in judgements],
-            "rates": [r["learning_rate"] for r in judgements], "stayed": [r.get("stayed", False) for r in judgements],
+            "slaves": sum(told.get("slaves", 0) for told in tellings),
+            "rejected": [told.get("rejected", {}) for told in tellings],
+            "rates": [r["learning_rate"] for r in judgements], "stayed": [t.get("stayed", False) for t in tellings],
             "phases": phases_of(run),
         }
         shutil.rmtree(run)
@@ -82,7 +83,7 @@ def phases_of(run: Path) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Beside those of `accuracy`."""
+    """Beside those that `accuracy` has, too."""
     parser.add_argument("--tolerance", type=float, default=1.1)
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--master-rate", type=float, default=1.0)

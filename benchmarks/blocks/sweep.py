@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from runs import RECIPE, ROOT, toml
 from hpc.bench import machine, quotient, rounded, say
 from hpc.bench_crew import outside_a_job
 from hpc.records import read_records
+from hpc.shards import read_manifest
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -53,23 +55,27 @@ def sweep(arguments: argparse.Namespace, method: str, ranks: int) -> dict[str, f
         "data.batch": DNN.minibatch * splits, "schedule": {"name": "constant", "epochs": 1 + arguments.sweeps},
         "strategy": strategy(method, splits, DNN.block[splits]), "threads": 1, "device": "cpu", "log.trace": 0,
         "optim": {"name": "momentum", "momentum": 0.9, "learning_rate": 0.1}, "log.tensorboard": False,
-        "log.every": 1 << 20, "checkpoint.keep": 1,
+        "log.every": steps_of(arguments.data, DNN.minibatch * splits), "checkpoint.keep": 1,
     }
     words = ["mpiexec", "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(RECIPE)]
     words += [f"run={run}", *(f"{key}={toml(value)}" for key, value in changes.items())]
     subprocess.run(words, cwd=ROOT, env=outside_a_job(), check=True, capture_output=True)
-    records = [r for r in read_records(run) if r["event"] in ("train", "rest", "validate")]
-    times = [r["time"] for r in records if r["event"] == "validate"]
-    whole = (times[-1] - times[0]) / arguments.sweeps
-    parts = [part for r in records for part in r.get("by_rank", ())]
-    total = {phase: sum(part[phase] for part in parts) / ranks / (1 + arguments.sweeps) for phase in (
-        "exchange", "validate", "checkpoint"
-    )}
+    # A record at the end of every sweep, before its validation: from the second on, with the validation before it.
+    records = [r for r in read_records(run) if r["event"] == "train"][1:]
+    assert len(records) == arguments.sweeps
+    whole = sum(r["seconds"] for r in records) / len(records)
+    parts = [part for r in records for part in r["by_rank"]]
+    total = {phase: sum(part[phase] for part in parts) / len(parts) for phase in ("exchange", "validate", "checkpoint")}
     shutil.rmtree(run)
     return {
         "optimize": whole - sum(total.values()), "aggregate": total["exchange"], "validate": total["validate"],
         "checkpoint": total["checkpoint"], "sum": whole,
     }
+
+
+def steps_of(data: Path, batch: int) -> int:
+    """Steps of a sweep."""
+    return math.ceil(read_manifest(data / "train")["frames"] / batch)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -227,7 +227,8 @@ class Torch(torch.nn.Module):
         c_BD = torch.where((lengths > 0)[:, None], ends[1], state[1])
         if len(short):
             packed = pack_padded_sequence(x_TBI[:, short], lengths[short].cpu(), enforce_sorted=False)
-            c_BD = c_BD.index_copy(0, short, self._run(packed, tuple(part[short] for part in state))[1][1])
+            shorter = self._run(packed, tuple(part[short] for part in state))[1][1]
+            c_BD = c_BD.index_copy(0, short, shorter.to(c_BD.dtype))
         return found[0], c_BD
 
 
@@ -243,7 +244,8 @@ def _in_time(x_TBI: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
 def _in_two(
     cell: Cell, x_TBI: torch.Tensor, lengths: torch.Tensor, state: State, kept: torch.Tensor
 ) -> tuple[torch.Tensor, State]:
-    """All outputs of a cell, and its state after `kept` steps [B]."""
+    """All outputs of a cell, and its state after `kept` steps [B]. Under variational dropout the steps that are only
+    seen ahead have a mask of their own."""
     t = torch.arange(len(x_TBI), device=x_TBI.device)[:, None]
     middle, rest = int(kept.max()), lengths - kept
     ahead = (kept + t[: int(rest.max())]).clamp(max=len(x_TBI) - 1)[..., None]

@@ -30,6 +30,7 @@ def words(folder, *changes):
 
 
 ONEBIT = 'strategy={name="onebit", cold_start=600, double_buffering=true}'
+LSTM = 'task={name="frames", network="lstm", layers=2, width=16, context=1, '
 RNN = 'task={name="frames", network="sru", bidirectional=true, layers=2, width=16}'
 
 
@@ -38,7 +39,14 @@ RNN = 'task={name="frames", network="sru", bidirectional=true, layers=2, width=1
     (frames, ()), (frames, (RNN, "data.batch=8", "optim.learning_rate=0.1")), (frames, (RNN.replace("sru", "lstm"),
      "data.batch=8", "optim.learning_rate=0.1")), (words, ()), (sentences, ()), (sentences, ("task.encoder=cnn",)),
     (frames, (ONEBIT,)), (frames, (ONEBIT, 'optim={name="adagrad", learning_rate=0.02, momentum=0.5}')),
-], ids=["dnn", "sru", "lstm", "words", "sentences", "cnn", "1-bit", "1-bit, AdaGrad"])
+    (frames, ('strategy={name="bmuf", block_steps=4, local_state="averaged"}',)),
+    (frames, ('strategy={name="elastic", block_steps=4}',)),
+    (frames, ('strategy={name="master_slave", master_learning_rate=1.0}',)),
+    (frames, (LSTM + 'bptt="chunks", chunk="5-12+5", bidirectional=true}', "data.batch=16", "optim.learning_rate=0.1")),
+    (frames, (LSTM + 'bptt="truncated", chunk="8", delay=2}', "data.batch=64", "optim.learning_rate=0.1")),
+    (frames, (LSTM + 'bptt="truncated", chunk="8+4", bidirectional=true}', "data.batch=64", "optim.learning_rate=0.1")),
+], ids=["dnn", "sru", "lstm", "words", "sentences", "cnn", "1-bit", "1-bit, AdaGrad", "bmuf", "elastic", "slaves",
+        "chunks", "truncated", "latency-controlled"])
 def test_a_run_on_a_gpu_ends_near_that_on_the_cpu(trireme, tmp_path, prepare, changes, precision):
     recipe, changes = prepare(tmp_path, *changes)
     losses = {}
