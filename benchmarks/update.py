@@ -1,12 +1,14 @@
-"""The update rules beside torch's fused optimizers and a copy of as many bytes, interleaved, one thread.
+"""The update rules, and a block's update, beside torch and a copy of as many bytes, interleaved, one thread.
 
     python benchmarks/update.py
     python benchmarks/update.py --floats 262144,8388608 --rounds 15
 
 Prints JSON lines: {"rule", "floats", "ours_s", "torch_s", "copy_s", "times_torch", "of_copy_bandwidth"}, medians over
 the rounds. Counted are the bytes that a rule must move: every tensor once in, and once out if it changes. torch's side
-is its fused kernel where it has one ("torch_kind"); null where it has no such rule. "of_copy_bandwidth" above 1 means
-that what is only read costs less than what is copied. Small slices stay in the cache, as the exchange's blocks do.
+is its fused kernel where it has one ("torch_kind"); null where it has no such rule. Of "block" (paper 003, equations
+(2) to (6)) and "departure" (how far a split's model went) it is the same in torch's operations. "of_copy_bandwidth"
+above 1 means that what is only read costs less than what is copied. Small slices stay in the cache, as the exchange's
+blocks do.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 import torch
 
 from hpc.bench import in_turns
+from kernels.block import BlockConstants, block_, depart_
 from kernels.update import SLOTS, Constants, update_
 
 CONSTANTS = Constants(rate=1e-3, momentum=0.9, fresh=0.1, beta2=0.999, fresh2=0.001, epsilon=1e-8)
@@ -44,15 +47,38 @@ def torch_side(rule: str, weights: torch.Tensor) -> tuple[str, Callable[[], obje
     return "fused" if fused else "not fused", made[rule]().step
 
 
-def measure(rule: str, floats: int, rounds: int) -> dict[str, object]:
+def rule_sides(rule: str, floats: int) -> tuple[int, Callable[[], object], str, Callable[[], object] | None]:
+    """Bytes moved, our step, how torch has it, and torch's step."""
     weights, grad = torch.randn(floats), torch.randn(floats)
     slots = [torch.rand(floats) for _ in range(SLOTS[rule])]
-    moved = 4 * floats * (3 + 2 * len(slots))
-    source, target = torch.zeros(moved // 8), torch.zeros(moved // 8)
     kind, theirs = torch_side(rule, torch.randn(floats))
-    sides: dict[str, Callable[[], object]] = {
-        "ours": lambda: update_(rule, weights, grad, slots, CONSTANTS), "copy": lambda: target.copy_(source),
-    }
+    return 4 * floats * (3 + 2 * len(slots)), lambda: update_(rule, weights, grad, slots, CONSTANTS), kind, theirs
+
+
+def block_sides(what: str, floats: int) -> tuple[int, Callable[[], object], str, Callable[[], object]]:
+    """The same of a block's update, or of a departure."""
+    total, weights, change, start = (torch.randn(floats) * 1e-3 for _ in range(4))
+    momentum, scale = 0.9, 0.125
+
+    def block() -> None:
+        change.mul_(momentum).add_(total, alpha=scale)
+        weights.add_(change)
+        torch.add(weights, change, alpha=momentum, out=start)
+        assert torch.isfinite(total).all()
+
+    def departure() -> None:
+        torch.sub(weights, start, out=total).mul_(scale)
+
+    if what == "departure":
+        return 12 * floats, lambda: depart_(weights, start, scale, total), "operations", departure
+    constants = BlockConstants(scale, momentum, 1.0, 1.0, momentum)
+    return 24 * floats, lambda: block_(total, weights, change, start, constants), "operations", block
+
+
+def measure(rule: str, floats: int, rounds: int) -> dict[str, object]:
+    moved, ours, kind, theirs = (rule_sides if rule in SLOTS else block_sides)(rule, floats)
+    source, target = torch.zeros(moved // 8), torch.zeros(moved // 8)
+    sides: dict[str, Callable[[], object]] = {"ours": ours, "copy": lambda: target.copy_(source)}
     if theirs:
         sides["torch"] = theirs
     taken: dict[str, list[float]] = {name: [] for name in sides}
@@ -65,11 +91,11 @@ def measure(rule: str, floats: int, rounds: int) -> dict[str, object]:
                 sides[name]()
             taken[name].append((time.perf_counter() - began) / repeats)
     median = {name: statistics.median(taken[name][1:]) for name in sides}
-    ours, copy, other = median["ours"], median["copy"], median.get("torch")
+    taken_s, copy, other = median["ours"], median["copy"], median.get("torch")
     return {
-        "rule": rule, "floats": floats, "rounds": rounds, "ours_s": ours, "torch_s": other, "torch_kind": kind,
-        "copy_s": copy, "times_torch": other and other / ours, "of_copy_bandwidth": copy / ours,
-        "gbps": moved / ours / 1e9,
+        "rule": rule, "floats": floats, "rounds": rounds, "ours_s": taken_s, "torch_s": other, "torch_kind": kind,
+        "copy_s": copy, "times_torch": other and other / taken_s, "of_copy_bandwidth": copy / taken_s,
+        "gbps": moved / taken_s / 1e9,
     }
 
 
@@ -80,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for floats in map(int, arguments.floats.split(",")):
-        for rule in SLOTS:
+        for rule in (*SLOTS, "block", "departure"):
             print(json.dumps(measure(rule, floats, arguments.rounds)), flush=True)
 
 
