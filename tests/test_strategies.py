@@ -82,8 +82,9 @@ class Problem:
 
     def run(self, turns):
         for _ in range(turns):
-            self.strategy.rate = Rate(0.01, 0)
-            n = self.strategy.span(100 if isinstance(self.strategy, Blocks) else 1)  # what is left ends a block
+            blocks = isinstance(self.strategy, Blocks)  # of few frames a split, which a large rate throws off
+            self.strategy.rate = Rate(0.01 if blocks else 0.1, 0)
+            n = self.strategy.span(100 if blocks else 1)  # what is left ends a block
             for split in self.comm.splits:
                 self.strategy.enter(split)
                 for t in range(self.at, self.at + n):
@@ -137,7 +138,7 @@ def test_the_applied_update_is_the_gradient_sum_of_all_frames_over_the_batch_siz
     assert sum(other.learn(split, 0) for split in range(SPLITS)) == BATCH  # autograd adds all splits up in .grad
     for (name, new), old in zip(problem.model.named_parameters(), problem.flat.views(before), strict=True):
         mean = dict(other.model.named_parameters())[name].grad / BATCH
-        torch.testing.assert_close(old - new, 0.01 * mean, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(old - new, 0.1 * mean, rtol=1e-4, atol=1e-7)
 
 
 @at(1, 4)
@@ -234,4 +235,4 @@ def test_clipping_scales_to_the_norm():
     problem = Problem("allreduce, clipped", Comm(), "sgd")
     before = problem.flat.weights.clone()
     problem.run(1)
-    assert float((problem.flat.weights - before).norm()) == pytest.approx(0.01 * 0.05, rel=1e-4)
+    assert float((problem.flat.weights - before).norm()) == pytest.approx(0.1 * 0.05, rel=1e-4)
