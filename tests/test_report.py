@@ -206,7 +206,7 @@ def test_time_by_rank_adds_up_to_the_intervals(tmp_path):
     spent = time_by_rank(read_run(log.path).of("train"))
     assert list(spent) == [(0, "node0"), (1, "node1"), (2, "node2")]
     expected = {"compute": 0, "read": 0.5, "forward": 1.0, "backward": 2.0, "exchange": 0.5, "validate": 0,
-                "checkpoint": 0, "select": 0, "other": 1.0}
+                "checkpoint": 0, "judge": 0, "select": 0, "other": 1.0}
     assert spent[1, "node1"] == pytest.approx(expected)
     assert phases_in(spent) == ("forward", "backward", "exchange", "read", "validate", "checkpoint", "other")
 
