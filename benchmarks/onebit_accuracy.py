@@ -27,7 +27,6 @@ import argparse
 import json
 import shutil
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +34,10 @@ from typing import Any
 
 from onebit.accuracy_tables import draw, markdown, rates_of
 from onebit.rows import NETWORKS, REFERENCE, ROWS, Row, best_rate
-from runs import RECIPE, ROOT, schedule, toml, trireme
+from runs import RECIPE, ROOT, Kept, Record, failure_of, frame_error, majority, schedule, search, toml, trireme
 
 from hpc.bench_options import numbers
 from hpc.records import read_records
-from hpc.shards import read_manifest
 
 NEAR = 0.1  # what ends within this of the majority class's accuracy has learned nothing
 
@@ -89,37 +87,23 @@ class Bench:
     """The finished runs, and how to make others."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.lock = arguments, threading.Lock()
-        self.tuning_seed = arguments.tuning_seed
+        self.arguments, self.tuning_seed = arguments, arguments.tuning_seed
         self.rates = [float(rate) for rate in (arguments.rates or "").split(",") if rate]
         self.setup = {key: getattr(arguments, key) for key in ("layers", "width", "batch", "splits", "epochs")}
         self.setup["strategy"] = json.loads(arguments.strategy)  # of the rows that quantize
-        lines = arguments.out.read_text(encoding="utf-8").splitlines() if arguments.out.exists() else []
-        self.records = [r for r in map(json.loads, lines) if r["setup"] == self.setup]
-
-    def found(self, setting: Setting) -> dict[str, Any] | None:
-        wanted = setting.about()
-        return next((r for r in self.records if all(r[key] == value for key, value in wanted.items())), None)
+        self.kept = Kept(arguments.out, self.setup, said)
 
     def of(self, row: Row, network: str, seed: int | None = None) -> list[dict[str, Any]]:
         """A row's records, those of another cold start left out."""
         cold = self.arguments.cold_start if row.onebit is not None else None
         return [
-            r for r in self.records
+            r for r in self.kept.records
             if (r["row"], r["network"], r["cold_start"]) == (row.name, network, cold) and seed in (None, r["seed"])
         ]
 
-    def make(self, setting: Setting) -> dict[str, Any]:
+    def make(self, setting: Setting) -> Record:
         """A run's record, of which it is trained if it has none."""
-        held = self.found(setting)
-        if held is None:
-            print(setting.name, file=sys.stderr, flush=True)
-            held = self.train(setting)
-            with self.lock, open(self.arguments.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(held) + "\n")
-                self.records.append(held)
-            print(f"{setting.name}: {said(held)}", file=sys.stderr, flush=True)
-        return held
+        return self.kept.make(setting.about(), lambda: self.train(setting))
 
     def train(self, setting: Setting) -> dict[str, Any]:
         run = self.arguments.work / "-".join([setting.name, *(f"{k[0]}{v}" for k, v in self.setup.items() if v)])
@@ -127,26 +111,16 @@ class Bench:
         train, validation = (self.arguments.data / part for part in ("train", "validation"))
         words = ["train", RECIPE, f"run={run}", f"data.train={train}", f"data.validation={validation}"]
         code, cpu_s, said = trireme(*words, *setting.overrides(self.setup))
-        failure = ""
-        if code:
-            cause = run / "failure.json"
-            failure = json.loads(cause.read_text())["error"] if cause.exists() else ""
-            if not failure.startswith("TrainingFailed"):
-                raise RuntimeError(f"{setting.name} ended with {code}:\n{said}")
+        failure = failure_of(run, code, said)
         records = read_records(run)
         validations = [r for r in records if r["event"] == "validate"]
         curve = [1 - r["frame_error"] for r in validations]
         best = max((k for k, r in enumerate(validations) if r["best"]), default=None)
-        training = None
-        if not failure:
-            code, _, said = trireme("evaluate", run, train, "--device", "cpu", "--json")
-            if code:
-                raise RuntimeError(f"{setting.name} could not be evaluated:\n{said}")
-            training = 1 - json.loads(said.splitlines()[-1])["frame_error"]
+        training = None if failure else 1 - frame_error(run, train)
         nothing = majority(validation) + NEAR
         exchange = run / "exchange.json"
         held = {
-            "bench": "onebit_accuracy", **setting.about(), "setup": self.setup,
+            "bench": "onebit_accuracy",
             "held_out": None if best is None else curve[best], "held_out_last": curve[-1] if curve else None,
             "training": training, "curve": [round(a, 5) for a in curve],
             "best_epoch": None if best is None else validations[best]["epoch"], "epochs": len(curve),
@@ -165,20 +139,11 @@ class Bench:
         start, cold, seed = row.rates[network], self.arguments.cold_start, self.tuning_seed
         if REFERENCE[row.table] != row.name and row.table == 2:
             start = best_rate(self.of(ROWS["baseline"], network, seed)) or start
-        held = {r["rate"]: r for r in self.of(row, network, seed)}
-        for rate in (start, start / 2, start * 2):
-            held[rate] = self.make(Setting(row, network, seed, rate, cold))
-        while (best := best_rate(held.values())) in (None, min(held), max(held)):
-            rate = min(held) / 2 if best is None or best == min(held) else max(held) * 2
-            if not start / 100 < rate < start * 100:
-                break
-            held[rate] = self.make(Setting(row, network, seed, rate, cold))
+        def value_of(rate: float) -> float | None:
+            held = self.make(Setting(row, network, seed, rate, cold))
+            return None if held["diverged"] else held["held_out"]
 
-
-def majority(data: Path) -> float:
-    """The accuracy of always naming the most frequent class."""
-    counts = read_manifest(data)["fields"]["labels"]["counts"]
-    return max(counts) / sum(counts)
+        search(start, [r["rate"] for r in self.of(row, network, seed)], value_of)
 
 
 def said(record: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc.shards import read_manifest
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "jobs" / "recipes" / "an4_frames.toml"
 STEPS = {0.625: 0.25, 0.875: 0.0625}  # after this part of the epochs, the learning rate times that
@@ -52,10 +54,11 @@ class Kept:
 
     out    the file
     setup  what all runs that are looked at have in common ("setup" of their lines)
+    said   of a record, for people; "" by default
     """
 
-    def __init__(self, out: Path, setup: Mapping[str, Any]):
-        self.out, self.setup, self.lock = out, dict(setup), threading.Lock()
+    def __init__(self, out: Path, setup: Mapping[str, Any], said: Callable[[Record], str] = lambda record: ""):
+        self.out, self.setup, self.said, self.lock = out, dict(setup), said, threading.Lock()
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
         self.records: list[Record] = [r for r in map(json.loads, lines) if r["setup"] == self.setup]
@@ -75,6 +78,7 @@ class Kept:
         with self.lock, open(self.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(made) + "\n")
             self.records.append(made)
+        print(f"{name}: {self.said(made)}", file=sys.stderr, flush=True)
         return made
 
 
@@ -90,6 +94,34 @@ def search(start: float, tried: Iterable[float], value_of: Callable[[float], flo
         if not start / 100 < rate < start * 100:
             return best
         found[rate] = value_of(rate)
+
+
+def failure_of(run: Path, code: int, said: str) -> str:
+    """Why a training that ended with `code`, in this folder, gave up; "" if it did not.
+
+    Raises RuntimeError, with what was `said`, for any other end.
+    """
+    if not code:
+        return ""
+    cause = run / "failure.json"
+    failure: str = json.loads(cause.read_text())["error"] if cause.exists() else ""
+    if not failure.startswith("TrainingFailed"):
+        raise RuntimeError(f"{run.name} ended with {code}:\n{said}")
+    return failure
+
+
+def frame_error(run: Path, data: Path) -> float:
+    """Of a finished run's model on a data set. Raises RuntimeError."""
+    code, _, said = trireme("evaluate", run, data, "--device", "cpu", "--json")
+    if code:
+        raise RuntimeError(f"{run} could not be evaluated:\n{said}")
+    return float(json.loads(said.splitlines()[-1])["frame_error"])
+
+
+def majority(data: Path) -> float:
+    """The accuracy of always naming the most frequent class."""
+    counts = read_manifest(data)["fields"]["labels"]["counts"]
+    return max(counts) / sum(counts)
 
 
 def trireme(*words: object, program: Sequence[str] = ("-m", "hpc")) -> tuple[int, float, str]:

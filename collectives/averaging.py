@@ -65,7 +65,7 @@ class MasterSlave(Blocks):
         super().__init__(comm, flat, rule, batch, block_steps=block_steps or EPOCH, turn_steps=turn_steps)
         self.rejection, self.tolerance = rejection, tolerance
         self.master_learning_rate, self.master_regularization = master_learning_rate, master_regularization
-        self.master_loss = math.inf  # of the block under way
+        self.master_loss: float | None = None  # where the block under way started; None: to be found out
         self.learning = False  # whether a slave's model is entered
         self.verdicts: list[tuple[int, bool]] = []  # in this block, of this rank's splits: whether they are rejected
         # Since the last validation, over all ranks: how many were judged, and how often each split was rejected.
@@ -81,12 +81,16 @@ class MasterSlave(Blocks):
                         f"{self.master_learning_rate:g}"}
 
     def span(self, limit: int) -> int:
-        if self.rejection and not self.done:
+        if self.rejection and self.master_loss is None:
             assert self.evaluate is not None
             self.flat.weights.copy_(self.start)  # the master, for there is no look-ahead
             with self.phase("judge"):
                 self.master_loss = self.evaluate(False)["loss"]
         return super().span(limit)
+
+    def begin(self) -> None:
+        super().begin()
+        self.master_loss = None
 
     def enter(self, split: int) -> None:
         super().enter(split)
@@ -104,7 +108,7 @@ class MasterSlave(Blocks):
         self._learn_the_rest(split)
         self.learning = False
         if self.closing and self.rejection and self.counted[split]:
-            assert self.evaluate is not None
+            assert self.evaluate is not None and self.master_loss is not None
             with self.phase("judge"):
                 loss = self.evaluate(True)["loss"]
             rejected = not loss <= self.tolerance * self.master_loss  # or no number at all
@@ -117,14 +121,16 @@ class MasterSlave(Blocks):
     def advance(self, n: int) -> None:
         super().advance(n)
         if self.closing and self.rejection:
+            self.master_loss = None
             everyone = sorted((split, bad) for rank in self.comm.gather(self.verdicts) for split, bad in rank)
             self.judged += len(everyone)
             self.turned_away.update(split for split, bad in everyone if bad)
             self.verdicts = []
 
-    def told(self) -> dict[str, Any]:
+    def told(self, metrics: dict[str, float]) -> dict[str, Any]:
         if not self.rejection:
             return {}
+        self.master_loss = metrics["loss"]  # a validation ends a block
         judged, rejected = self.judged, self.turned_away
         self.judged, self.turned_away = 0, Counter()
         times = {str(split): rejected[split] for split in sorted(rejected)}  # JSON has no other keys
@@ -135,13 +141,11 @@ class MasterSlave(Blocks):
     def state(self) -> State:
         state = super().state()
         state.common |= {
-            "master_loss": self.master_loss if self.done else None, "judged": self.judged,
-            "turned_away": sorted(self.turned_away.items()),
+            "master_loss": self.master_loss, "judged": self.judged, "turned_away": sorted(self.turned_away.items()),
         }
         return state
 
     def restore(self, joined: Joined) -> None:
         super().restore(joined)
-        held = joined.common["master_loss"]
-        self.master_loss = math.inf if held is None else held
+        self.master_loss = joined.common["master_loss"]
         self.judged, self.turned_away = joined.common["judged"], Counter(dict(joined.common["turned_away"]))

@@ -199,9 +199,13 @@ class Strategy:
     def end(self) -> None:
         """At recipe points only: drain what is in flight; the model becomes the one that ships (collective)."""
 
-    def told(self) -> dict[str, Any]:
-        """What it has to tell at a validation, once, for the journal: JSON values, the same on every rank. "stayed":
-        whether all that was learned since the last one was thrown away; the learning rate is halved then."""
+    def told(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What it has to tell at a validation, once, for the journal: JSON values, the same on every rank.
+
+        metrics  of the model that `end` left
+
+        "stayed": whether all that was learned since the last one was thrown away; the learning rate is halved then.
+        """
         return {}
 
     def state(self) -> State:

@@ -58,7 +58,7 @@ def judge(job: Job, at: int) -> bool:
         metrics = job.evaluate()
     if not math.isfinite(metrics[job.metric]):
         raise everywhere(TrainingFailed(f"validation {job.metric} is {metrics[job.metric]} at step {at}"))
-    rate, told = job.strategy.rate.learning_rate, job.strategy.told()
+    rate, told = job.strategy.rate.learning_rate, job.strategy.told(metrics)
     stayed = told.get("stayed", False)
     verdict, state = comm.on_root(lambda: [schedule.judge(at, metrics[job.metric], stayed), schedule.state()])
     schedule.restore(state)

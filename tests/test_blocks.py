@@ -50,6 +50,9 @@ class Splits:
     def weights(self):
         return self.model[0].detach()
 
+    def told(self):
+        return self.strategy.told({"loss": loss_of(self.weights)})
+
     def run(self, steps, rate=0.1):
         """So many minibatches of every split; the end of them ends a block."""
         until = self.at + steps
@@ -229,7 +232,11 @@ def test_elastic_averaging_pulls_splits_and_centre_together():
         torch.testing.assert_close(own, models[split], rtol=1e-5, atol=1e-6)
 
 
-def slaves(comm, gradient, *, loss=lambda weights: float((weights - 1).square().mean()), **options):
+def loss_of(weights):
+    return float((weights - 1).square().mean())
+
+
+def slaves(comm, gradient, *, loss=loss_of, **options):
     """Slaves that learn a vector of ones, from zeros."""
     return Splits(comm, gradient, kind=MasterSlave, loss=loss, **options)
 
@@ -248,8 +255,8 @@ def test_the_masters_update_of_equation_19():
             own = [w - rate * (w - 1 - 0.1 * split) for split, w in enumerate(own)]
         master = (1 - beta) * master + alpha * (sum(own) / 4 - master)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), master), rtol=1e-5, atol=0)
-    assert found.strategy.told() == {"slaves": 12, "rejected": {}, "stayed": False}
-    assert found.strategy.told()["slaves"] == 0, "told once"
+    assert found.told() == {"slaves": 12, "rejected": {}, "stayed": False}
+    assert found.told()["slaves"] == 0, "told once"
 
 
 @several
@@ -263,7 +270,7 @@ def test_slaves_that_got_worse_or_exploded_are_turned_away():
         Comm(4), gradient, block_steps=2, master_learning_rate=1.0, master_regularization=0.0
     ).run(2, 0.5)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), 0.75))
-    assert found.strategy.told() == {"slaves": 4, "rejected": {"1": 1, "2": 1}, "stayed": False}
+    assert found.told() == {"slaves": 4, "rejected": {"1": 1, "2": 1}, "stayed": False}
 
 
 def test_without_rejection_both_spoil_the_master():
@@ -272,7 +279,7 @@ def test_without_rejection_both_spoil_the_master():
 
     options = {"block_steps": 2, "master_learning_rate": 1.0, "rejection": False, "loss": None}
     found = slaves(alone().with_splits(4), gradient, **options).run(2, 0.5)
-    assert found.weights.mean() < -10 and found.strategy.told() == {}
+    assert found.weights.mean() < -10 and found.told() == {}
     with pytest.raises(TrainingFailed, match="split 1"):
         bad = torch.full((SIZE,), math.nan)
         slaves(alone().with_splits(4), lambda s, t, w: bad if s == 1 else torch.ones(SIZE), **options).run(2)
@@ -285,10 +292,10 @@ def test_when_all_slaves_are_rejected_the_master_stays():
         master_learning_rate=1.0, master_regularization=0.5,
     ).run(2, 0.5)
     before = found.weights.clone()
-    assert not found.strategy.told()["stayed"]
+    assert not found.told()["stayed"]
     found.run(2, 0.5)
     assert torch.equal(found.weights, before), "not even regularized"
-    assert found.strategy.told() == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
+    assert found.told() == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

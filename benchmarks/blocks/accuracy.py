@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,10 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from blocks.rows import METHODS, NETWORKS, blocks_wanted, strategy
-from runs import RECIPE, Kept, Record, rate_of_best, schedule, search, toml, trireme
+from runs import (
+    RECIPE,
+    Kept,
+    Record,
+    failure_of,
+    frame_error,
+    majority,
+    rate_of_best,
+    schedule,
+    search,
+    toml,
+    trireme,
+)
 
+from hpc.bench_options import numbers
 from hpc.records import read_records
-from hpc.shards import read_manifest
 
 NOWHERE = 0.02  # what ends within this of the majority class's error has learned nothing
 
@@ -74,13 +85,7 @@ class Accuracy:
         }
         words = [f"{k}={v if isinstance(v, Path) else toml(v)}" for k, v in (common | changes).items()]
         code, _, said = trireme(RECIPE, f"run={run}", *words, program=program)
-        if not code:
-            return run, ""
-        cause = run / "failure.json"
-        failure = json.loads(cause.read_text())["error"] if cause.exists() else ""
-        if not failure.startswith("TrainingFailed"):
-            raise RuntimeError(f"{name} ended with {code}:\n{said}")
-        return run, failure
+        return run, failure_of(run, code, said)
 
     def initial(self, network: str, seed: int) -> Path:
         """The run that all others with this seed start from: one sweep of SGD."""
@@ -131,15 +136,9 @@ def outcome(run: Path, failure: str, data: Path) -> Record:
     """What came of a run: frame errors by sweep, of the best model on validation, and of that on the test set."""
     records = read_records(run)
     validations = [r for r in records if r["event"] == "validate"]
-    counts = read_manifest(data / "train")["fields"]["labels"]["counts"]
-    nothing = 1 - max(counts) / sum(counts) - NOWHERE
+    nothing = 1 - majority(data / "train") - NOWHERE
     best = min((r for r in validations if r["best"]), key=lambda r: r["loss"], default={})
-    test = None
-    if not failure:
-        code, _, said = trireme("evaluate", run, data / "test", "--device", "cpu", "--json")
-        if code:
-            raise RuntimeError(f"{run} could not be evaluated:\n{said}")
-        test = round(json.loads(said.splitlines()[-1])["frame_error"], 5)
+    test = None if failure else round(frame_error(run, data / "test"), 5)
     return {
         "failure": failure, "diverged": bool(failure) or validations[-1]["frame_error"] > nothing,
         "curve": [round(r["frame_error"], 5) for r in validations], "loss": [round(r["loss"], 5) for r in validations],
@@ -153,15 +152,11 @@ def value(record: Record) -> float | None:
     return None if record["diverged"] or record["validation"] is None else 1 - record["validation"]
 
 
-def integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def add_common(parser: argparse.ArgumentParser, folder: Path, out: str, sweeps: int) -> None:
     """What commands that train many runs have in common."""
     parser.add_argument("--data", type=Path, default=folder / "data" / "an4_102", help="holds train, validation, test")
     parser.add_argument("--data-name", default="an4", help="its name in the records (default: an4)")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3])
+    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
     parser.add_argument("--sweeps", type=int, default=sweeps, help=f"after the initial model's one (default {sweeps})")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=folder / "runs" / "bmuf", help="where runs are kept meanwhile")
@@ -174,6 +169,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--network", choices=NETWORKS, default="dnn")
     parser.add_argument("--methods", type=names, default=["sgd", *METHODS], help="default: sgd,ma,cbm,nbm")
-    parser.add_argument("--splits", type=integers, default=[8, 16, 32, 64], help="default: 8,16,32,64")
+    parser.add_argument("--splits", type=numbers, default=[8, 16, 32, 64], help="default: 8,16,32,64")
     parser.add_argument("--tune", action="store_true", help="search the learning rates only")
     parser.add_argument("--tuning-seed", type=int, default=1, help="whose runs say which rate is best, for all seeds")

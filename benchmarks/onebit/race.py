@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from onebit.sides import RANKS, RESTARTS, SIDES, Lines, burst_kib
-from onebit.tables import best_rate
-from runs import RECIPE, ROOT, schedule, toml
+from onebit.tables import best, best_rate
+from runs import RECIPE, ROOT, schedule, search, toml
 
 from hpc.bench import say
 from hpc.bench_crew import outside_a_job
@@ -67,13 +67,13 @@ class Race:
         """Try rates in factors of 2 until the best of them is not at an edge."""
         if SIDES[side].like:
             return
-        start, seed = SIDES[side].start, self.arguments.seeds[0]
-        held = {rate: self.make(Run(side, rate, seed, "none")) for rate in (start, start / 2, start * 2)}
-        while (best := best_rate(list(held.values()))) in (None, min(held), max(held)):
-            rate = max(held) * 2 if best == max(held) else min(held) / 2
-            if not start / 50 < rate < start * 50:
-                break
-            held[rate] = self.make(Run(side, rate, seed, "none"))
+        seed = self.arguments.seeds[0]
+
+        def value_of(rate: float) -> float | None:
+            held = self.make(Run(side, rate, seed, "none"))
+            return None if held["failure"] or not held["curve"] else best(held)
+
+        search(SIDES[side].start, [r["rate"] for r in self.of(side, seed) if r["link"] == "none"], value_of)
 
     def race(self, side: str, seed: int) -> None:
         """At the side's best rate, on the link."""
