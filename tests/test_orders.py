@@ -130,7 +130,7 @@ def test_every_split_draws_its_part_without_looking_at_others(frames, splits, dr
 
     def drawn(n_splits, split, epoch):
         order = make_order(
-            data, task, n_splits, batch=4 * n_splits, split_frames=split_frames, runs=3, seed=1, draw=draw
+            data, task, n_splits, batch=4 * n_splits, split_frames=split_frames, runs=12, seed=1, draw=draw
         )
         items = data.rows if network == "dnn" else data.utterances
         assert order.total == n_splits * round(draw * items)
