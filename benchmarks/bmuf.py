@@ -3,8 +3,10 @@
     python benchmarks/bmuf.py accuracy --tune              the learning rate of every row, on seed 1
     python benchmarks/bmuf.py accuracy --jobs 2            every row with every seed, each at its best rate
     python benchmarks/bmuf.py accuracy --network blstm     the same of a bidirectional LSTM by chunks, 8 and 16 splits
+    python benchmarks/bmuf.py accuracy --network blstm-whole            the same by whole utterances
     python benchmarks/bmuf.py rejection --jobs 2           master and slaves, one of eight being wrong
     python benchmarks/bmuf.py sweep                        where a sweep's time goes, on 1 and 2 ranks (a quiet machine)
+    python benchmarks/bmuf.py chunks                       frames/s by chunks and by whole utterances (a quiet machine)
     python benchmarks/bmuf.py summary --plot docs/bmuf.png              the tables and the curves; trains nothing
 
 AN4 is prepared as docs/bmuf.md says, with 102 states of its own alignment: 9 training speakers are the validation set,
@@ -34,6 +36,7 @@ def main() -> int:
     accuracy.add_common(judged, ROOT, "bmuf_rejection.jsonl", 12)
     rejection.add_arguments(judged)
     sweep.add_arguments(commands.add_parser("sweep", help="a sweep's time on 1 and 2 ranks"))
+    sweep.add_arguments(commands.add_parser("chunks", help="a sweep's time by chunks and by whole utterances"))
     told = commands.add_parser("summary", help="the tables, from what was measured")
     told.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the lines")
     told.add_argument("--plot", type=Path, metavar="FILE", help="draw the learning curves, too (PNG)")
@@ -42,7 +45,7 @@ def main() -> int:
         accuracy.Accuracy(arguments).work()
     elif arguments.command == "rejection":
         rejection.Rejection(arguments).work()
-    elif arguments.command == "sweep":
+    elif arguments.command in sweep.PAIRS:
         sweep.measure(arguments)
     else:
         summary(arguments.results, arguments.plot)

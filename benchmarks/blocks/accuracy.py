@@ -50,7 +50,7 @@ class Accuracy:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.kept = Kept(arguments.out, {"sweeps": arguments.sweeps})
+        self.kept = Kept(arguments.out, {"sweeps": arguments.sweeps}, said)
 
     def rows(self) -> list[Row]:
         """Those asked for."""
@@ -150,6 +150,13 @@ def outcome(run: Path, failure: str, data: Path) -> Record:
 def value(record: Record) -> float | None:
     """What rates are chosen by: accuracy on the validation set, None for a run that failed."""
     return None if record["diverged"] or record["validation"] is None else 1 - record["validation"]
+
+
+def said(record: Record) -> str:
+    if record["failure"]:
+        return record["failure"]
+    error = "no model" if record["validation"] is None else f"validation {record['validation']:.2%}"
+    return f"{error}, {record['seconds']:.0f} s"
 
 
 def add_common(parser: argparse.ArgumentParser, folder: Path, out: str, sweeps: int) -> None:

@@ -1,65 +1,94 @@
-"""`bmuf.py sweep`: where a sweep's time goes, on 1 and on 2 ranks: table 4 of paper 003."""
+"""`bmuf.py sweep` and `bmuf.py chunks`: where a sweep's time goes, on 1 and on 2 ranks (table 4 of paper 003), and by
+context-sensitive chunks beside whole utterances."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from blocks.rows import DNN, strategy
+from blocks.rows import NETWORKS, Network, strategy
 from runs import RECIPE, ROOT, toml
 
-from hpc.bench import machine, quotient, rounded, say
+from hpc.batches import make_order
+from hpc.bench import in_turns, machine, quotient, rounded, say
 from hpc.bench_crew import outside_a_job
 from hpc.records import read_records
-from hpc.shards import read_manifest
+from hpc.shards import Dataset, read_manifest
+from models.frames import Frames
+
+
+class Kind(NamedTuple):
+    """What is timed."""
+
+    network: str
+    method: str
+    ranks: int
+
+
+# command: what is timed in pairs, the second beside the first
+PAIRS = {
+    "sweep": [(Kind("dnn", method, 1), Kind("dnn", method, 2)) for method in ("nbm", "ma")],
+    "chunks": [(Kind("blstm-whole", "sgd", 1), Kind("blstm", "sgd", 1))],
+}
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Every method on 1 and on 2 ranks in turn, some rounds."""
-    kinds = [(method, ranks) for method in ("nbm", "ma") for ranks in (1, 2)]
-    taken: dict[tuple[str, int], list[dict[str, float]]] = {kind: [] for kind in kinds}
+    """Every kind in turn, some rounds; of every pair how many times as fast the second is."""
+    pairs = PAIRS[arguments.command]
+    kinds = [kind for pair in pairs for kind in pair]
+    taken: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for round_ in range(arguments.rounds):
-        for kind in kinds if round_ % 2 == 0 else kinds[::-1]:
-            taken[kind].append(sweep(arguments, *kind))
-            say(f"round {round_ + 1}: {kind[0]} on {kind[1]}: {taken[kind][-1]}")
-    lines: list[dict[str, Any]] = [machine() | {"for": "sweep"}]
-    for (method, ranks), rows in taken.items():
+        for kind in in_turns(round_, kinds):
+            taken[kind].append(sweep(arguments, kind))
+            say(f"round {round_ + 1}: {kind.network}, {kind.method} on {kind.ranks}: {rounded(taken[kind][-1])}")
+    frames = read_manifest(arguments.data / "train")["frames"]
+    lines: list[dict[str, Any]] = [machine() | {"for": arguments.command}]
+    for kind, rows in taken.items():
         spent = {f"{part}_s": statistics.median(row[part] for row in rows) for part in rows[0]}
         lines.append({
-            "what": "sweep", "method": method, "ranks": ranks, "splits": arguments.splits[0], "rounds": len(rows),
-            **spent, "aggregate_share": statistics.median(row["aggregate"] / row["sum"] for row in rows),
+            "what": arguments.command, **kind._asdict(), "splits": splits_of(arguments, kind), "rounds": len(rows),
+            "block_steps": arguments.block_steps, **spent, "frames_per_s": frames / spent["sum_s"],
+            "aggregate_share": statistics.median(row["aggregate"] / row["sum"] for row in rows),
         })
-    for method in ("nbm", "ma"):
-        one, two = ([row["sum"] for row in taken[method, ranks]] for ranks in (1, 2))
-        lines.append({"what": "sweep ratio", "method": method, **quotient(one, two)})
+    for one, other in pairs:
+        times = ([row["sum"] for row in taken[kind]] for kind in (one, other))
+        lines.append({
+            "what": f"{arguments.command} ratio", **other._asdict(), "beside": one._asdict(), **quotient(*times)
+        })
     with open(arguments.out, "a", encoding="utf-8") as file:
         for line in lines:
             print(json.dumps(rounded(line)))
             file.write(json.dumps({"bench": "bmuf", **rounded(line)}) + "\n")
 
 
-def sweep(arguments: argparse.Namespace, method: str, ranks: int) -> dict[str, float]:
+def splits_of(arguments: argparse.Namespace, kind: Kind) -> int:
+    return 1 if kind.method == "sgd" else arguments.splits
+
+
+def sweep(arguments: argparse.Namespace, kind: Kind) -> dict[str, float]:
     """Seconds of a sweep by what they went into, means over ranks; the first sweep, in which files are read, apart."""
-    run, splits = arguments.work / f"sweep-{method}-{ranks}", arguments.splits[0]
+    network, splits = NETWORKS[kind.network], splits_of(arguments, kind)
+    run = arguments.work / f"sweep-{kind.network}-{kind.method}-{kind.ranks}"
     shutil.rmtree(run, ignore_errors=True)
     changes = {
-        **{f"task.{key}": held for key, held in DNN.task.items()}, "data.train": str(arguments.data / "train"),
+        **{f"task.{key}": held for key, held in network.task.items()}, "data.train": str(arguments.data / "train"),
         "data.validation": str(arguments.data / "validation"), "splits": splits,
-        "data.batch": DNN.minibatch * splits, "schedule": {"name": "constant", "epochs": 1 + arguments.sweeps},
-        "strategy": strategy(method, splits, DNN.block[splits]), "threads": 1, "device": "cpu", "log.trace": 0,
+        "data.batch": network.minibatch * splits, "schedule": {"name": "constant", "epochs": 1 + arguments.sweeps},
+        "strategy": strategy(kind.method, splits, arguments.block_steps), "threads": 1, "device": "cpu",
         "optim": {"name": "momentum", "momentum": 0.9, "learning_rate": 0.1}, "log.tensorboard": False,
-        "log.every": steps_of(arguments.data, DNN.minibatch * splits), "checkpoint.keep": 1,
+        "log.every": steps_of(arguments.data, network, splits), "log.trace": 0, "checkpoint.keep": 1,
     }
-    words = ["mpiexec", "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(RECIPE)]
+    words = ["mpiexec", "-n", str(kind.ranks), sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(RECIPE)]
     words += [f"run={run}", *(f"{key}={toml(value)}" for key, value in changes.items())]
-    subprocess.run(words, cwd=ROOT, env=outside_a_job(), check=True, capture_output=True)
+    done = subprocess.run(words, cwd=ROOT, env=outside_a_job(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{kind} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     # A record at the end of every sweep, before its validation: from the second on, with the validation before it.
     records = [r for r in read_records(run) if r["event"] == "train"][1:]
     assert len(records) == arguments.sweeps
@@ -73,14 +102,18 @@ def sweep(arguments: argparse.Namespace, method: str, ranks: int) -> dict[str, f
     }
 
 
-def steps_of(data: Path, batch: int) -> int:
+def steps_of(data: Path, network: Network, splits: int) -> int:
     """Steps of a sweep."""
-    return math.ceil(read_manifest(data / "train")["frames"] / batch)
+    dataset = Dataset(data / "train")
+    task = Frames(dataset.manifest["fields"], **network.task)
+    batch = network.minibatch * splits
+    return make_order(dataset, task, splits, batch=batch, split_frames=1, runs=1, seed=0).per_epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "an4_102", help="holds train, validation")
-    parser.add_argument("--splits", type=lambda text: [int(text)], default=[8])
+    parser.add_argument("--splits", type=int, default=8)
+    parser.add_argument("--block-steps", type=int, default=109, help="default: 4 blocks a sweep of AN4 with 8 splits")
     parser.add_argument("--sweeps", type=int, default=2, help="of a run, after one that is not counted")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bmuf")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from blocks.rejection import BAD, CASES, TOO_HIGH
 from blocks.rows import METHODS, NETWORKS
+from blocks.sweep import PAIRS
 from runs import Record, rate_of_best, spread
 
 from hpc.report_picture import LIGHT, dress, fraction_axis, legend, new_figure, png
@@ -123,17 +124,22 @@ def rejection(records: Sequence[Record]) -> str:
 
 
 def sweeps(records: Sequence[Record]) -> str:
-    """Table 4's shape, of the last measurement."""
+    """Table 4's shape, and chunks beside whole utterances, of the last measurements."""
     out = [
-        "| | ranks | optimize | aggregate | validate | checkpoint | sum, s | aggregate's share |", "|---" * 8 + "|",
+        "| | splits | ranks | optimize | aggregate | validate | checkpoint | sum, s | aggregate's share | frames/s |",
+        "|---" * 10 + "|",
     ]
-    last = {(r["method"], r["ranks"]): r for r in records if r.get("what") == "sweep"}
-    for (method, ranks), r in last.items():
+    last = {(r["network"], r["method"], r["ranks"]): r for r in records if r.get("what") in PAIRS}
+    for (network, method, ranks), r in last.items():
         parts = ("optimize", "aggregate", "validate", "checkpoint", "sum")
         spent = " | ".join(f"{r[f'{part}_s']:.2f}" for part in parts)
-        out.append(f"| {TEXT[method]}, {r['splits']} splits | {ranks} | {spent} | {r['aggregate_share']:.2%} |")
-    for r in {r["method"]: r for r in records if r.get("what") == "sweep ratio"}.values():
+        out.append(
+            f"| {network}, {TEXT[method]} | {r['splits']} | {ranks} | {spent} | {r['aggregate_share']:.2%} | "
+            f"{r['frames_per_s']:,.0f} |"
+        )
+    ratios = {(r["network"], r["method"]): r for r in records if r.get("what") in [f"{what} ratio" for what in PAIRS]}
+    for r in ratios.values():
         low, high = r["ratio_quartiles"]
-        ratio = f"{r['ratio_of_pairs']:.2f} times ({low:.2f} to {high:.2f})"
-        out += ["", f"{TEXT[r['method']]}, 2 ranks beside 1: {ratio}."]
+        one, other = (f"{k['network']}, {TEXT[k['method']]}, ranks {k['ranks']}" for k in (r["beside"], r))
+        out += ["", f"{other}, beside {one}: {r['ratio_of_pairs']:.2f} times as fast ({low:.2f} to {high:.2f})."]
     return "\n".join(out)
