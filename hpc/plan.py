@@ -226,6 +226,11 @@ def _notes(arguments: argparse.Namespace, recipe: Recipe, ranks: int, found: dic
         notes.append(f"as if computing were {compute:g} times as fast as here, passes through memory {memory:g} times")
     if recipe.splits > 1:
         notes.append(f"splits: {recipe.splits}, where ranks divide them; else one a rank")
+    if recipe.strategy.name not in ("allreduce", "onebit"):
+        notes.append(
+            f"'{recipe.strategy.name}', the recipe's own strategy, exchanges once a block and is not planned: these "
+            "are exchanges of every minibatch"
+        )
     return notes
 
 

@@ -394,12 +394,14 @@ def test_a_plan_by_a_link_that_is_told(tmp_path, trireme):
 
 
 def test_a_plan_is_one_screen(tmp_path, trireme):
-    screen = trireme("plan", write_recipe(tmp_path), "--link", "10gbit").stdout
+    blocks = "strategy={name='bmuf', block_steps=4}"
+    screen = trireme("plan", write_recipe(tmp_path), "--link", "10gbit", blocks).stdout
     lines = screen.splitlines()
     assert len(lines) < 50 and max(map(len, lines)) <= 110, screen
     equation_4 = "K = (N/2 T_frm + C T_post) / (T_comm - T_upd)"
     for words in (equation_4, "T_frm", "quantize", "to owners", "halves", "1-bit "):
         assert words in screen
+    assert "'bmuf', the recipe's own strategy, exchanges once a block and is not planned" in " ".join(screen.split())
     assert "link: 10gbit each way, 50 us" in screen and "Less than half of use: float32" in screen
 
 
