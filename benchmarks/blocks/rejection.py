@@ -24,6 +24,7 @@ CASES: dict[str, tuple[int, str, bool]] = {
     "NaN": (SLAVES, "nan", True), "NaN, not judged": (SLAVES, "nan", False),
 }
 TOO_HIGH = "all rejected"  # a case of its own: a learning rate at which every slave is lost at first
+FAULTS = ["none", "permuted", "exploding", "nan", TOO_HIGH]
 
 
 class Rejection(Accuracy):
@@ -68,7 +69,9 @@ class Rejection(Accuracy):
         with ThreadPoolExecutor(self.arguments.jobs) as crew:
             for seed in self.arguments.seeds:
                 self.initial("dnn", seed)
-            pairs = [(name, seed) for seed in self.arguments.seeds for name in (*CASES, TOO_HIGH)]
+            faults = {name: fault or "none" for name, (_, fault, _) in CASES.items()} | {TOO_HIGH: TOO_HIGH}
+            names = [name for name, fault in faults.items() if fault in self.arguments.faults]
+            pairs = [(name, seed) for seed in self.arguments.seeds for name in names]
             list(crew.map(lambda pair: self.case(*pair), pairs))
 
 
@@ -85,6 +88,9 @@ def phases_of(run: Path) -> dict[str, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Beside those that `accuracy` has, too."""
     parser.add_argument("--tolerance", type=float, default=1.1)
-    parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--master-rate", type=float, default=1.0)
-    parser.add_argument("--draw", type=float, default=0.25, help="part of the data that a slave draws an epoch")
+    parser.add_argument(
+        "--faults", type=lambda text: text.split(","), default=FAULTS, help=f"default: {','.join(FAULTS)}"
+    )
+    parser.add_argument("--draw", type=float, default=0.125, help="part of the data that a slave draws an epoch")
