@@ -60,7 +60,7 @@ class MasterSlave(Blocks):
         tolerance: Annotated[float, Ge(1)] = 1.1,
         master_learning_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
         master_regularization: Annotated[float, Ge(0), Lt(1)] = 1e-6,
-        turn_steps: Annotated[int, Ge(0)] = 500,
+        turn_steps: Annotated[int, Ge(0)] = 100,
     ):
         super().__init__(comm, flat, rule, batch, block_steps=block_steps or EPOCH, turn_steps=turn_steps)
         self.rejection, self.tolerance = rejection, tolerance
@@ -134,7 +134,9 @@ class MasterSlave(Blocks):
         judged, rejected = self.judged, self.turned_away
         self.judged, self.turned_away = 0, Counter()
         times = {str(split): rejected[split] for split in sorted(rejected)}  # JSON has no other keys
-        return {"slaves": judged, "rejected": times, "stayed": 0 < judged == rejected.total()}
+        stayed = 0 < judged == rejected.total()
+        said = f"{rejected.total()} of {judged} slaves rejected{': the master stays' if stayed else ''}"
+        return {"slaves": judged, "rejected": times, "stayed": stayed, "said": said}
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -201,7 +201,6 @@ class Blocks(Strategy):
         self.updates += self.exchange.finish()
         for joining in self.averages.values():
             joining.exchange.finish()
-        self.active_s = self.exchange.active_s
         self.done = 0
 
     def _apply(self, total: torch.Tensor, low: int) -> None:

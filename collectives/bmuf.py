@@ -14,6 +14,7 @@ What is judged, saved and shipped is W(t), never W_g(t). eta = 0 and zeta = 1 is
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -39,7 +40,7 @@ class BMUF(Blocks):
     """Block training with filtered updates of the global model.
 
     scheme               "nesterov" (NBM), "classical" (CBM), or "averaging" (MA: no block momentum)
-    block_momentum       eta; a negative value: equation (10) with C = 1.1, 1 - zeta / (1.1 N) for N splits
+    block_momentum       eta; -1: equation (10) with C = 1.1, 1 - zeta / (1.1 N) for N splits
     block_learning_rate  zeta
     block_steps, turn_steps, local_state  as `Blocks` has them
     """
@@ -69,6 +70,11 @@ class BMUF(Blocks):
 
     @staticmethod
     def check(**options: Any) -> None:
+        if -1 < options["block_momentum"] < 0:
+            raise ValueError(
+                f"strategy.block_momentum = {options['block_momentum']}: expected 0 or more and less than 1, or -1, "
+                "from the number of splits"
+            )
         if options["scheme"] == "averaging" and options["block_momentum"] > 0:
             raise ValueError(
                 f"strategy.block_momentum = {options['block_momentum']} goes with strategy.scheme 'nesterov' or "
@@ -78,6 +84,15 @@ class BMUF(Blocks):
     def block_constants(self) -> BlockConstants:
         ahead = self.block_momentum if self.scheme == "nesterov" else 0.0
         return BlockConstants(0.0, self.block_momentum, self.block_learning_rate, 1.0, ahead)
+
+    def doubt(self, steps: int) -> str:
+        blocks, wanted = steps // self.block_steps, math.ceil(3 / (1 - self.block_momentum))
+        if not self.block_momentum or blocks >= wanted:
+            return ""
+        return (
+            f"{blocks} blocks in all, and block momentum {self.block_momentum:.3g} wants 3 / (1 - "
+            f"{self.block_momentum:.3g}) = {wanted}: train longer, or lower strategy.block_steps or block_momentum"
+        )
 
     def prepare(self, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
         how = {"nesterov": "Nesterov block momentum", "classical": "classical block momentum"}.get(self.scheme)

@@ -169,6 +169,10 @@ class Strategy:
         """
         return {}
 
+    def doubt(self, steps: int) -> str:
+        """What speaks against the options in a run of so many steps, for the log; "" if nothing does."""
+        return ""
+
     def waiting_for(self) -> str:
         """Which rank and which part of an exchange this rank waits for right now, or ""; from any thread."""
         return ""
@@ -204,7 +208,8 @@ class Strategy:
 
         metrics  of the model that `end` left
 
-        "stayed": whether all that was learned since the last one was thrown away; the learning rate is halved then.
+        "said": the same for people. "stayed": whether all that was learned since the last one was thrown away; the
+        learning rate is halved then.
         """
         return {}
 

@@ -196,6 +196,8 @@ def make_job(
     logging.getLogger("trireme").info("exchange: %s; over %s", said, comm.transport)
     batches = Batches(order, recipe.seed, device.place)
     schedule = Schedule(make_policy(recipe), batches.per_epoch, _steps(recipe.validate_.every, order.counted))
+    if doubt := strategy.doubt(schedule.steps):
+        logging.getLogger("trireme").warning(doubt)
     journal: Journal = Silence()
     if comm.is_root():
         journal = RunJournal(run.path, schedule.steps, recipe.log.tensorboard)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tomli_w
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
 TABLES = ("task", "strategy", "optim", "schedule")
@@ -139,8 +139,14 @@ def keywords_of(cls: type) -> dict[str, tuple[Any, Any]]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if name not in hints:
                 raise TypeError(f"{cls.__name__}.__init__: option '{name}' needs a type, the recipe is checked by it")
-            found[name] = (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
+            kind = Annotated[str, BeforeValidator(_as_text)] if hints[name] is str else hints[name]
+            found[name] = (kind, ... if parameter.default is inspect.Parameter.empty else parameter.default)
     return found
+
+
+def _as_text(value: object) -> object:
+    """A whole number where text is expected is that text: task.chunk=20."""
+    return str(value) if type(value) is int else value
 
 
 def load(path: str | Path, overrides: Sequence[str], registry: Mapping[str, Mapping[str, type]]) -> Recipe:

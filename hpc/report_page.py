@@ -190,7 +190,7 @@ def _numbers(run: RunHistory) -> str:
     if summary["exchange_hidden"] is not None:
         cards.append(("exchange hidden", percent(summary["exchange_hidden"]), "behind forward and backward"))
     if summary["sent"]["bytes"]:
-        said = said_of_bytes(summary["sent"]).partition(", ")[2] or "gradients, and weights or updates"
+        said = said_of_bytes(summary["sent"]).partition(", ")[2] or "gradients or changes, and weights or updates"
         cards.append(("bytes between ranks", amount(summary["sent"]["bytes"]), said))
     return '<div class="numbers">' + "".join(
         f'<div class="number"><span>{_text(title)}</span><b>{_text(value)}</b><span>{_text(note)}</span></div>'

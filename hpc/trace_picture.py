@@ -46,7 +46,7 @@ DARK_SHADES = 2  # so many of them take white text
 PATTERNS = {WAITING: "////", "read": "....", "checkpoint": "\\\\\\", "validate": "---",
             "log": "|||", "select": "xxx", "judge": "oo"}
 PALE = "#fbe3d1"  # the ground of what is waited for, under stripes in the phase's colour
-WORDS = {"reduce": "reduce: gather and sum gradients", "update": "update: new weights from them",
+WORDS = {"reduce": "reduce: gather and sum", "update": "update: new weights from the sum",
          "share": "share: new weights to all"}
 
 
@@ -278,7 +278,7 @@ def _legend(spans: Sequence[Span], kinds: Sequence[str]) -> list[Patch]:
 def _explained(parts: Sequence[Span]) -> str:
     """What the thin bars are, and the numbers in them."""
     buckets = len({bucket_of(span.name) for span in parts})
-    said = "Thick bars: what a rank is doing. Thin bars: the exchange of the gradient"
+    said = "Thick bars: what a rank is doing. Thin bars: the exchange"
     if buckets > 1:
         return f"{said}, in {buckets} buckets; number 0 holds the model's last layers, where backward begins."
     return f"{said}, all of it at once." if buckets else ""

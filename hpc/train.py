@@ -69,7 +69,7 @@ def judge(job: Job, at: int) -> bool:
         seconds=meter.totals["validate"] - seconds, **metrics, **({"told": told} if told else {}),
     )
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    numbers += "".join(f"  {name} {value}" for name, value in told.items())
+    numbers += f"  {told['said']}" if told else ""
     meter.journal.show(at, f"epoch {epoch:.2f}  validation: {numbers}  -> {verdict}{', best so far' if best else ''}")
     if verdict == "roll back":
         job.saver.wait()

@@ -45,7 +45,10 @@ class Chunk(NamedTuple):
         """
         found = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6})(?:\+(\d{1,6}))?", text)
         if found is None or not int(found[2]):
-            raise ValueError(f"task.chunk = '{text}' is no chunk; write it as left-centre+right, e.g. 21-64+21")
+            raise ValueError(
+                f"task.chunk = '{text}' is no chunk; write frames, each below a million, as left-centre+right, e.g. "
+                "21-64+21"
+            )
         left, centre, right = (int(group or 0) for group in found.groups())
         return cls(left, centre, right)
 

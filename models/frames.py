@@ -103,13 +103,13 @@ class Frames(Task):
                 f"task.activation = '{activation}' is none that task.network = '{network}' has; "
                 f"{'choose one of ' + ', '.join(known) if known[0] else 'leave it out'}"
             )
-        if network == "dnn" and (
-            bidirectional or variational or forget_bias != FORGET_BIAS or bptt != "utterance" or chunk or delay
-        ):
-            raise ValueError(
-                "task.bidirectional, task.bptt, task.chunk, task.delay, task.variational and task.forget_bias are for "
-                "recurrent networks; set task.network"
-            )
+        recurrent = {
+            "bidirectional": bidirectional, "variational": variational, "forget_bias": forget_bias != FORGET_BIAS,
+            "bptt": bptt != "utterance", "chunk": chunk, "delay": delay,
+        }
+        if network == "dnn" and any(recurrent.values()):
+            keys = ", ".join(f"task.{key}" for key, given in recurrent.items() if given)
+            raise ValueError(f"{keys}: for recurrent networks, and task.network is 'dnn'; leave it out, or change that")
         if network != "dnn" and factored:
             raise ValueError(f"task.factored is for task.network = 'dnn', this is '{network}'; leave it out")
         if network != "dnn" and not layers:
@@ -138,7 +138,9 @@ class Frames(Task):
         """What recurrent layers see at a time. Raises ValueError for what does not go together."""
         both, context = self.bidirectional, self.margin
         if self.bptt == "utterance" and chunk:
-            raise ValueError(f"task.chunk = '{chunk}' goes with task.bptt = 'chunks' or 'truncated'")
+            raise ValueError(
+                f"task.chunk = '{chunk}' goes with task.bptt = 'chunks' or 'truncated'; leave it out (task.chunk=)"
+            )
         if delay and (both or self.bptt == "chunks"):
             raise ValueError(
                 f"task.delay = {delay} is for layers of one direction that go on; chunks and layers of both directions "
@@ -153,9 +155,12 @@ class Frames(Task):
         elif self.bptt == "truncated":
             cut = Chunk.of(chunk or ("64+21" if both else "20"))
             if cut.left or bool(cut.right) != both:
+                said = "the past is in the state"
+                if not cut.left:
+                    said = "both directions need frames ahead" if both else "frames ahead are for task.bidirectional"
                 raise ValueError(
-                    f"task.chunk = '{chunk}': with task.bptt = 'truncated' the past is in the state, and frames ahead "
-                    "are for layers of both directions; write '20', or, with task.bidirectional, '64+21'"
+                    f"task.chunk = '{chunk}': with task.bptt = 'truncated' {said}; write "
+                    f"'{cut.centre}{f'+{cut.right or 21}' if both else ''}'"
                 )
             self.unit, self.steps, self.margin = "stream", cut.centre, max(cut.right + context, context, delay, 1)
         self.cutter = Cutter(cut, context, delay)

@@ -26,6 +26,10 @@ from hpc.flat import Flat
 
 CPU = torch.device("cpu")
 SIZE = 3000  # floats, of which several ranks own some
+ALL_REJECTED = {
+    "slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True,
+    "said": "4 of 4 slaves rejected: the master stays",
+}
 several = pytest.mark.mpi(ranks=[1, 2, 4], timeout=120)
 
 
@@ -201,6 +205,16 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_split():
 def test_averaging_has_no_block_momentum():
     with pytest.raises(ValueError, match=r"strategy\.block_momentum = 0\.5 goes with"):
         BMUF.check(block_steps=1, scheme="averaging", block_momentum=0.5)
+    with pytest.raises(ValueError, match="or -1, from the number"):
+        BMUF.check(block_steps=1, scheme="nesterov", block_momentum=-0.5)
+
+
+def test_a_run_of_too_few_blocks_for_its_momentum_is_told_so():
+    def doubt(steps, **options):
+        return Splits(alone().with_splits(8), None, block_steps=4, **options).strategy.doubt(steps)
+
+    assert "26 blocks in all, and block momentum 0.886 wants 3 / (1 - 0.886) = 27" in doubt(107)
+    assert doubt(108) == "" and doubt(20, block_momentum=0.4) == "" and doubt(4, scheme="averaging") == ""
 
 
 @several
@@ -255,7 +269,9 @@ def test_the_masters_update_of_equation_19():
             own = [w - rate * (w - 1 - 0.1 * split) for split, w in enumerate(own)]
         master = (1 - beta) * master + alpha * (sum(own) / 4 - master)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), master), rtol=1e-5, atol=0)
-    assert found.told() == {"slaves": 12, "rejected": {}, "stayed": False}
+    assert found.told() == {
+        "slaves": 12, "rejected": {}, "stayed": False, "said": "0 of 12 slaves rejected",
+    }
     assert found.told()["slaves"] == 0, "told once"
 
 
@@ -270,7 +286,9 @@ def test_slaves_that_got_worse_or_exploded_are_turned_away():
         Comm(4), gradient, block_steps=2, master_learning_rate=1.0, master_regularization=0.0
     ).run(2, 0.5)
     torch.testing.assert_close(found.weights, torch.full((SIZE,), 0.75))
-    assert found.told() == {"slaves": 4, "rejected": {"1": 1, "2": 1}, "stayed": False}
+    assert found.told() == {
+        "slaves": 4, "rejected": {"1": 1, "2": 1}, "stayed": False, "said": "2 of 4 slaves rejected",
+    }
 
 
 def test_without_rejection_both_spoil_the_master():
@@ -295,7 +313,7 @@ def test_when_all_slaves_are_rejected_the_master_stays():
     assert not found.told()["stayed"]
     found.run(2, 0.5)
     assert torch.equal(found.weights, before), "not even regularized"
-    assert found.told() == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
+    assert found.told() == ALL_REJECTED
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -353,7 +371,7 @@ def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
     assert len(digests) == 1
     lines = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "validate"]
-    assert judged[0]["told"] == {"slaves": 4, "rejected": dict.fromkeys("0123", 1), "stayed": True}
+    assert judged[0]["told"] == ALL_REJECTED
     assert judged[0]["verdict"] == "halve"
     rates = [line["learning_rate"] for line in judged]
     stayed = [line["told"]["stayed"] for line in judged]

@@ -248,11 +248,11 @@ def test_batch_mates_and_padding_never_change_metrics(data, options, network):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"chunk": "20"}, "goes with task.bptt"), ({"bptt": "chunks", "chunk": "a-b"}, "write it as left-centre"),
+    ({"chunk": "20"}, "goes with task.bptt"), ({"bptt": "chunks", "chunk": "a-b"}, "as left-centre"),
     ({"bptt": "chunks", "chunk": "3-0+3"}, "is no chunk"), ({"bptt": "chunks", "delay": 2}, "leave it out"),
     ({"bptt": "truncated", "chunk": "5-20"}, "the past is in the state"),
-    ({"bptt": "truncated", "chunk": "20+5"}, "frames ahead are for layers of both directions"),
-    ({"bptt": "truncated", "chunk": "20", "bidirectional": True}, "64\\+21"),
+    ({"bptt": "truncated", "chunk": "20+5"}, "frames ahead are for task.bidirectional; write '20'"),
+    ({"bptt": "truncated", "chunk": "20", "bidirectional": True}, "both directions need frames ahead; write '20\\+21'"),
     ({"network": "dnn", "delay": 2}, "task.delay"),
     ({"delay": 2, "bidirectional": True}, "of one direction"),
 ])

@@ -37,6 +37,8 @@ def test_overrides_are_toml_values_or_bare_words():
     assert (recipe.optim.learning_rate, recipe.task.activation, recipe.data.verify, recipe.splits) == (
         0.05, "relu", False, 8,
     )
+    apply_override(raw, "task.chunk=20")
+    assert resolve(raw, REGISTRY).task.chunk == "20", "a number where text is expected"
     apply_override(raw, 'optim={name="adam", learning_rate=0.001}')
     assert options(resolve(raw, REGISTRY).optim)["beta2"] == 0.999
 

@@ -110,7 +110,7 @@ def rejection(records: Sequence[Record]) -> str:
         verdicts = [(int(split), times) for r in runs for epoch in r["rejected"] for split, times in epoch.items()]
         count = sum(times for _, times in verdicts)
         right = sum(times for split, times in verdicts if fault and split == BAD)
-        share = statistics.fmean(r["phases"]["judge"] / sum(r["phases"].values()) for r in runs)
+        share = statistics.fmean(r["phases"]["judge"] / sum(r["phases"].values()) for r in runs) if judged else 0.0
         errors = [
             spread([r[key] for r in runs if r[key] is not None]) + ("†" if any(r["diverged"] for r in runs) else "")
             for key in ("test", "validation")
