@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +25,20 @@ from models.frames import Frames
 
 
 class Kind(NamedTuple):
-    """What is timed."""
+    """What is timed: `runs` of them at once, which exchange nothing, say what the machine has to give."""
 
     network: str
     method: str
     ranks: int
+    runs: int = 1
 
 
 # command: what is timed in pairs, the second beside the first
 PAIRS = {
-    "sweep": [(Kind("dnn", method, 1), Kind("dnn", method, 2)) for method in ("nbm", "ma")],
+    "sweep": [
+        (Kind("dnn", "nbm", 1), Kind("dnn", "nbm", 2)), (Kind("dnn", "ma", 1), Kind("dnn", "ma", 2)),
+        (Kind("dnn", "nbm", 1), Kind("dnn", "nbm", 1, runs=2)),
+    ],
     "chunks": [(Kind("blstm-whole", "sgd", 1), Kind("blstm", "sgd", 1))],
 }
 
@@ -41,23 +46,23 @@ PAIRS = {
 def measure(arguments: argparse.Namespace) -> None:
     """Every kind in turn, some rounds; of every pair how many times as fast the second is."""
     pairs = PAIRS[arguments.command]
-    kinds = [kind for pair in pairs for kind in pair]
+    kinds = list(dict.fromkeys(kind for pair in pairs for kind in pair))
     taken: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for round_ in range(arguments.rounds):
         for kind in in_turns(round_, kinds):
             taken[kind].append(sweep(arguments, kind))
-            say(f"round {round_ + 1}: {kind.network}, {kind.method} on {kind.ranks}: {rounded(taken[kind][-1])}")
+            say(f"round {round_ + 1}: {kind}: {rounded(taken[kind][-1])}")
     frames = read_manifest(arguments.data / "train")["frames"]
     lines: list[dict[str, Any]] = [machine() | {"for": arguments.command}]
     for kind, rows in taken.items():
         spent = {f"{part}_s": statistics.median(row[part] for row in rows) for part in rows[0]}
         lines.append({
             "what": arguments.command, **kind._asdict(), "splits": splits_of(arguments, kind), "rounds": len(rows),
-            "block_steps": arguments.block_steps, **spent, "frames_per_s": frames / spent["sum_s"],
+            "block_steps": arguments.block_steps, **spent, "frames_per_s": kind.runs * frames / spent["sum_s"],
             "aggregate_share": statistics.median(row["aggregate"] / row["sum"] for row in rows),
         })
     for one, other in pairs:
-        times = ([row["sum"] for row in taken[kind]] for kind in (one, other))
+        times = ([row["sum"] / kind.runs for row in taken[kind]] for kind in (one, other))
         lines.append({
             "what": f"{arguments.command} ratio", **other._asdict(), "beside": one._asdict(), **quotient(*times)
         })
@@ -72,10 +77,9 @@ def splits_of(arguments: argparse.Namespace, kind: Kind) -> int:
 
 
 def sweep(arguments: argparse.Namespace, kind: Kind) -> dict[str, float]:
-    """Seconds of a sweep by what they went into, means over ranks; the first sweep, in which files are read, apart."""
+    """Seconds of a sweep by what they went into, means over ranks and runs; the first sweep, in which files are read,
+    apart."""
     network, splits = NETWORKS[kind.network], splits_of(arguments, kind)
-    run = arguments.work / f"sweep-{kind.network}-{kind.method}-{kind.ranks}"
-    shutil.rmtree(run, ignore_errors=True)
     changes = {
         **{f"task.{key}": held for key, held in network.task.items()}, "data.train": str(arguments.data / "train"),
         "data.validation": str(arguments.data / "validation"), "splits": splits,
@@ -85,13 +89,22 @@ def sweep(arguments: argparse.Namespace, kind: Kind) -> dict[str, float]:
         "log.every": steps_of(arguments.data, network, splits), "log.trace": 0, "checkpoint.keep": 1,
     }
     words = ["mpiexec", "-n", str(kind.ranks), sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(RECIPE)]
-    words += [f"run={run}", *(f"{key}={toml(value)}" for key, value in changes.items())]
+    words += [f"{key}={toml(value)}" for key, value in changes.items()]
+    runs = [arguments.work / f"sweep-{number}" for number in range(kind.runs)]
+    with ThreadPoolExecutor(kind.runs) as crew:
+        found = list(crew.map(lambda run: timed(run, [*words, f"run={run}"], arguments.sweeps), runs))
+    return {part: statistics.fmean(row[part] for row in found) for part in found[0]}
+
+
+def timed(run: Path, words: list[str], sweeps: int) -> dict[str, float]:
+    """The same of one run. Raises RuntimeError."""
+    shutil.rmtree(run, ignore_errors=True)
     done = subprocess.run(words, cwd=ROOT, env=outside_a_job(), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{kind} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     # A record at the end of every sweep, before its validation: from the second on, with the validation before it.
     records = [r for r in read_records(run) if r["event"] == "train"][1:]
-    assert len(records) == arguments.sweeps
+    assert len(records) == sweeps
     whole = sum(r["seconds"] for r in records) / len(records)
     parts = [part for r in records for part in r["by_rank"]]
     total = {phase: sum(part[phase] for part in parts) / len(parts) for phase in ("exchange", "validate", "checkpoint")}

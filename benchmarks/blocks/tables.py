@@ -10,6 +10,7 @@ from blocks.rows import METHODS, NETWORKS
 from blocks.sweep import PAIRS
 from runs import Record, rate_of_best, spread
 
+from hpc.quantities import counted
 from hpc.report_picture import LIGHT, dress, fraction_axis, legend, new_figure, png
 
 Key = tuple[str, str, str, int]  # data, network, method, splits
@@ -129,17 +130,21 @@ def sweeps(records: Sequence[Record]) -> str:
         "| | splits | ranks | optimize | aggregate | validate | checkpoint | sum, s | aggregate's share | frames/s |",
         "|---" * 10 + "|",
     ]
-    last = {(r["network"], r["method"], r["ranks"]): r for r in records if r.get("what") in PAIRS}
-    for (network, method, ranks), r in last.items():
+    last = {(r["network"], r["method"], r["ranks"], r["runs"]): r for r in records if r.get("what") in PAIRS}
+    for (network, method, ranks, runs), r in last.items():
         parts = ("optimize", "aggregate", "validate", "checkpoint", "sum")
         spent = " | ".join(f"{r[f'{part}_s']:.2f}" for part in parts)
+        crew = f"{runs} runs of {ranks}" if runs > 1 else str(ranks)
         out.append(
-            f"| {network}, {TEXT[method]} | {r['splits']} | {ranks} | {spent} | {r['aggregate_share']:.2%} | "
+            f"| {network}, {TEXT[method]} | {r['splits']} | {crew} | {spent} | {r['aggregate_share']:.2%} | "
             f"{r['frames_per_s']:,.0f} |"
         )
-    ratios = {(r["network"], r["method"]): r for r in records if r.get("what") in [f"{what} ratio" for what in PAIRS]}
-    for r in ratios.values():
+    ratios = [r for r in records if r.get("what") in [f"{what} ratio" for what in PAIRS]]
+    for r in {(r["network"], r["method"], r["runs"]): r for r in ratios}.values():
         low, high = r["ratio_quartiles"]
-        one, other = (f"{k['network']}, {TEXT[k['method']]}, ranks {k['ranks']}" for k in (r["beside"], r))
+        one, other = (
+            f"{k['network']}, {TEXT[k['method']]}, {'two runs at once, each of ' * (k['runs'] > 1)}"
+            f"{counted(k['ranks'], 'rank')}" for k in (r["beside"], r)
+        )
         out += ["", f"{other}, beside {one}: {r['ratio_of_pairs']:.2f} times as fast ({low:.2f} to {high:.2f})."]
     return "\n".join(out)
