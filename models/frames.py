@@ -109,7 +109,10 @@ class Frames(Task):
         }
         if network == "dnn" and any(recurrent.values()):
             keys = ", ".join(f"task.{key}" for key, given in recurrent.items() if given)
-            raise ValueError(f"{keys}: for recurrent networks, and task.network is 'dnn'; leave it out, or change that")
+            raise ValueError(
+                f"{keys}: for recurrent networks, and task.network = 'dnn'; leave it out, or set task.network to a "
+                "recurrent one, e.g. lstm"
+            )
         if network != "dnn" and factored:
             raise ValueError(f"task.factored is for task.network = 'dnn', this is '{network}'; leave it out")
         if network != "dnn" and not layers:

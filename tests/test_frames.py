@@ -149,7 +149,7 @@ def test_every_initialisation_reaches_every_parameter(data):
 @pytest.mark.parametrize(("options", "said"), [
     ({"network": "sru", "activation": "sigmoid"}, "choose one of tanh, relu, identity"),
     ({"network": "lstm", "activation": "tanh"}, "leave it out"),
-    ({"bidirectional": True}, "set task.network"),
+    ({"bidirectional": True}, "^task.bidirectional: .* set task.network to a recurrent one"),
     ({"network": "gru", "layers": 0}, "needs at least one"),
 ])
 def test_options_that_a_network_does_not_have_are_errors(data, options, said):
