@@ -36,12 +36,12 @@ EPOCH = 1 << 62  # minibatches: no block is as long, so a validation ends it
 class MasterSlave(Blocks):
     """Block training whose splits are judged before they count.
 
-    block_steps            minibatches of a slave between two updates of the master; 0: up to the next validation, an
-                           epoch of its draw as the paper has it
+    block_steps            minibatches of a slave between two updates of the master; 0: up to the next validation; with
+                           validate.every = 0 an epoch of its draw, as the paper has it
     rejection              whether slaves are judged; without, one that is not finite stops the run
     tolerance              t: how many times the master's validation loss a slave's may be
     master_learning_rate   alpha
-    master_regularization  beta
+    master_regularization  beta; float32 weights do not notice less than 1e-7
     turn_steps             minibatches after which a run can be stopped or checkpointed amid a block, as `Blocks` has it
 
     Hidden state that is carried from batch to batch stays a slave's own from block to block, rejected or not; at an

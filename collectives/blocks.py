@@ -7,7 +7,8 @@ in one pass over memory (`kernels/block.py`). A rank that holds several splits t
 the number of ranks changes nothing. Source: paper 003, sections 2.1 and 2.2; paper 000, section 4 (master and slaves).
 
 A split without data in a block departs nowhere and has no weight; a block that no split had data in changes nothing. A
-validation ends a block early, as the end of an epoch does: what is judged has learned all that was shown.
+validation ends a block early: what is judged has learned all that was shown. Without `validate.every` that is an
+epoch's end; with it a block may span two epochs. The learning rate of a block is the one at its start.
 
 Legend: P floats of the flat buffer, S floats that this rank owns, N splits.
 """
@@ -30,7 +31,7 @@ from collectives.strategy import Joined, Rate, Rule, State, Strategy, Weights
 from kernels.block import BlockConstants, block_, depart_
 
 CHANGE, AVERAGE, LOCAL = "block.change", "block.average.", "block.local."
-WEIGHTS, COUNTED, MADE = LOCAL + "weights", "block.counted", "block.made"
+WEIGHTS, COUNTED, MADE = "weights", "block.counted", "block.made"
 LocalState = Literal["reset", "kept", "averaged"]
 
 
@@ -56,8 +57,8 @@ class Blocks(Strategy):
     """What strategies that train by blocks have in common; they settle the constants of a block's update.
 
     block_steps  minibatches that every split takes in a block, tau in paper 003
-    turn_steps   minibatches after which a run can be stopped or checkpointed amid a block; takes a model and the rule's
-                 state of every split. 0: at a block's end only
+    turn_steps   minibatches, of every split that a rank holds, after which a run can be stopped or checkpointed amid a
+                 block; takes a model and the rule's state of every split. 0: at a block's end only
     local_state  the state of every split's update rule (its momentum) at a block's start: "reset", "kept" (its own;
                  takes room for every split's), or "averaged" over all splits
     """
@@ -94,6 +95,7 @@ class Blocks(Strategy):
         self.kept: dict[int, dict[str, torch.Tensor]] = {}  # by split: its rule's state between blocks
         self.counted, self.made = dict.fromkeys(comm.splits, 0), dict.fromkeys(comm.splits, 0)
         self.done = 0  # minibatches of this block
+        self.since = self.taken = 0  # batches since the split's last update that had data, and all of them
         self.closing = False  # whether this turn ends the block
         self.block_rate = Rate(0.0, 0)  # of the block under way, whatever its turns
         self.constants = BlockConstants(0.0)
@@ -123,7 +125,6 @@ class Blocks(Strategy):
 
     def enter(self, split: int) -> None:
         self.flat.bind_grads(self.gradient.zero_())
-        self.since = 0  # batches whose gradient is not applied yet
         held = self.held.pop(split, None)
         self.flat.weights.copy_(self.start if held is None else held[WEIGHTS])
         if not self.done:
@@ -145,8 +146,9 @@ class Blocks(Strategy):
     def step(self, split: int, count: int) -> None:
         self.counted[split] += count
         self.since += count > 0
-        if self.since >= self.batches:
-            self._learn(split)
+        self.taken += 1
+        if self.taken == self.batches:  # whether some were empty or not: where a turn ends must change nothing
+            self._learn_the_rest(split)
 
     def _learn(self, split: int) -> None:
         """The split's own update."""
@@ -157,13 +159,13 @@ class Blocks(Strategy):
             arrays += [(f"the update rule's {name}", slot) for name, slot in self.slots.items()]
             self.fail_at(0, f"split {split}", arrays, "numbers overflow")
         self.made[split] += 1
-        self.since = 0
         self.gradient.zero_()
 
     def _learn_the_rest(self, split: int) -> None:
-        """What was learned from fewer batches than an update takes."""
+        """From the batches since the last update, if there was anything in them."""
         if self.since:
             self._learn(split)
+        self.since = self.taken = 0
 
     def leave(self, split: int) -> None:
         self._learn_the_rest(split)
@@ -178,14 +180,14 @@ class Blocks(Strategy):
         if self.local_state == "kept":
             self.kept[split] = self._copied_slots()
         count = self.counted[split]
+        leaf = self.exchange.enter(split)
         if count:
-            depart_(self.flat.weights, self.start, float(count), self.exchange.enter(split))
-        else:
-            self.exchange.enter(split).zero_()
+            depart_(self.flat.weights, self.start, float(count), leaf)
         self.exchange.stepped(split, count)
         for name, joining in self.averages.items():
             leaf = joining.exchange.enter(split)
-            torch.mul(self.slots[name], float(count), out=leaf) if count else leaf.zero_()
+            if count:
+                torch.mul(self.slots[name], float(count), out=leaf)
             joining.exchange.stepped(split, count)
 
     def _copied_slots(self) -> dict[str, torch.Tensor]:
@@ -195,7 +197,11 @@ class Blocks(Strategy):
         self.done += n
         if not self.closing:
             return
-        total = self.comm.all_values(np.array([self.counted[split] for split in self.comm.splits])).sum()
+        mine = [[found[split] for split in self.comm.splits] for found in (self.counted, self.made)]
+        everyones = self.comm.all_values(np.array(mine).ravel()).reshape(self.comm.size, 2, -1)
+        total = everyones[:, 0].sum()
+        if self.local_state == "averaged":  # state that all have in common has had as many updates
+            self.made = dict.fromkeys(self.comm.splits, int(everyones[:, 1].max()))
         self.weight = 1.0 / total if total else 0.0
         self.constants = self.block_constants()._replace(scale=self.weight)
         self.updates += self.exchange.finish()
@@ -226,7 +232,8 @@ class Blocks(Strategy):
         self.comm.spread_(self.flat.weights, [self.joining.layout.owned(rank) for rank in range(self.comm.size)])
 
     def waiting_for(self) -> str:
-        return self.exchange.waiting_for()
+        exchanges = [self.exchange, *(joining.exchange for joining in self.averages.values())]
+        return "; ".join(filter(None, (exchange.waiting_for() for exchange in exchanges)))
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +245,7 @@ class Blocks(Strategy):
         splits: dict[int, dict[str, torch.Tensor]] = {}
         for split in self.comm.splits:
             held = self.held.get(split) or self.kept.get(split, {})
-            splits[split] = {(name if name == WEIGHTS else LOCAL + name): values for name, values in held.items()}
+            splits[split] = {LOCAL + name: values for name, values in held.items()}
             splits[split] |= {COUNTED: torch.tensor([self.counted[split]]), MADE: torch.tensor([self.made[split]])}
         common = {"updates": self.updates, "done": self.done, "rate": list(self.block_rate)}
         return State(self.pieces, slices, splits, common)
@@ -262,6 +269,6 @@ class Blocks(Strategy):
             found = dict(joined.split(split))
             self.counted[split], self.made[split] = int(found.pop(COUNTED)), int(found.pop(MADE))
             device = self.flat.weights.device
-            held = {(n if n == WEIGHTS else n.removeprefix(LOCAL)): v.to(device) for n, v in found.items()}
+            held = {name.removeprefix(LOCAL): values.to(device) for name, values in found.items()}
             if held:
                 (self.held if WEIGHTS in held else self.kept)[split] = held

@@ -176,7 +176,7 @@ class Drawn(Shuffled):
 
 
 class Lanes(Order):
-    """Running text, in its own order; the last rows, fewer than there are lanes, are left out.
+    """Running text, or frames, in their own order; the last rows, fewer than there are lanes, are left out.
 
     draw  the part of the text that every split draws in an epoch, a stretch for each of its lanes that begins anywhere,
           as paper 000's batches; 0: lanes share the text
@@ -196,8 +196,9 @@ class Lanes(Order):
                 f"{n_splits} splits; use a multiple of {task.steps * n_splits}"
             )
         self.seed, self.draw = seed, draw
-        drawn = int(draw * (dataset.rows - 1)) * n_splits if draw else dataset.rows - 1
-        self.length = drawn // lanes  # of a lane; every row has one after it, to be predicted
+        rows = dataset.rows - (not task.margin)  # every word has one after it, to be predicted
+        drawn = int(draw * rows) * n_splits if draw else rows
+        self.length = drawn // lanes  # of a lane
         if not self.length:
             raise DataError(
                 f"data set '{dataset.folder}' has {dataset.rows} {noun}, too few for {lanes} lanes; lower data.batch"

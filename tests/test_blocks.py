@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from material import write_recipe
+from safetensors import safe_open
 from test_strategies import alone
 from test_training import kill, ranks_below, train, wait_for_step
 
@@ -58,10 +59,10 @@ class Splits:
         return self.strategy.told({"loss": loss_of(self.weights)})
 
     def run(self, steps, rate=0.1):
-        """So many minibatches of every split; the end of them ends a block."""
+        """So many minibatches of every split; the end of them ends a block. A rate may be one of the minibatch."""
         until = self.at + steps
         while self.at < until:
-            self.strategy.rate = Rate(rate, 0)
+            self.strategy.rate = Rate(rate(self.at) if callable(rate) else rate, 0)
             n = self.strategy.span(until - self.at)
             for split in self.comm.splits:
                 self.strategy.enter(split)
@@ -179,6 +180,51 @@ def test_the_state_of_the_splits_rules_at_a_blocks_start():
         torch.testing.assert_close(moved, torch.full((SIZE,), expected))
 
 
+@several
+def test_averaged_state_weighs_what_splits_counted_and_has_had_as_many_updates():
+    counts = {0: 3, 1: 1, 2: 0, 3: 4}
+
+    def learned(rule):
+        return Splits(
+            Comm(4), lambda split, t, weights: torch.full((SIZE,), float(split + 1)) / counts[split], rule=rule,
+            block_steps=1, count=lambda split, t: counts[split], scheme="averaging", local_state="averaged",
+        ).run(1)
+
+    averaged = learned(optim.Momentum(learning_rate=1.0, momentum=0.5)).strategy.averages
+    (joining,) = averaged.values()
+    expected = (3 * 1 + 1 * 2 + 4 * 4) / 8  # a split's momentum is its gradient, split + 1
+    torch.testing.assert_close(joining.common[:SIZE], torch.full((SIZE,), expected))
+    found = learned(optim.Adam(learning_rate=0.01))
+    assert found.strategy.made == dict.fromkeys(found.comm.splits, 1), "the dry one's, too"
+
+
+def test_where_turns_end_changes_nothing():
+    """Not with updates of several batches, of which some are empty, nor with a rate that changes amid a block."""
+    random = torch.Generator().manual_seed(2)
+    noise = torch.randn(2, 32, SIZE, generator=random)
+
+    def learned(turn_steps):
+        found = Splits(
+            alone().with_splits(2), lambda split, t, weights: weights - noise[split, t], block_steps=16,
+            turn_steps=turn_steps, count=lambda split, t: int(split == 0 or t % 5 > 0),
+        )
+        found.strategy.batches = 2
+        return found.run(32, rate=lambda at: 0.1 / (1 + at)).weights
+
+    assert torch.equal(learned(2), learned(4)) and torch.equal(learned(2), learned(0))
+
+
+@several
+def test_64_splits_learn_the_same_on_few_ranks():
+    noise = torch.randn(64, SIZE, generator=torch.Generator().manual_seed(3))
+
+    def learned(comm):
+        options = {"block_steps": 2, "rule": optim.Momentum(learning_rate=0.1, momentum=0.5)}
+        return Splits(comm, lambda split, t, weights: weights - noise[split] / (t + 1), **options).run(6).weights
+
+    assert torch.equal(learned(Comm(64)), learned(alone().with_splits(64)))
+
+
 @pytest.mark.mpi(ranks=[4], timeout=120)
 def test_the_same_bits_on_any_islands():
     random = torch.Generator().manual_seed(4)
@@ -242,7 +288,7 @@ def test_elastic_averaging_pulls_splits_and_centre_together():
         centre = centre + beta * apart.mean(0)
     torch.testing.assert_close(found.weights.double(), centre, rtol=1e-5, atol=1e-6)
     for split in found.comm.splits:
-        own = found.strategy.held[split]["block.local.weights"][:SIZE].double()
+        own = found.strategy.held[split]["weights"][:SIZE].double()
         torch.testing.assert_close(own, models[split], rtol=1e-5, atol=1e-6)
 
 
@@ -346,8 +392,22 @@ def test_a_whole_run_keeps_the_law_killed_and_resumed_amid_a_block(trireme, star
 def test_a_roll_back_goes_back_to_the_global_model_of_then(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
     changes = ('strategy={name="bmuf", block_steps=4}', *WHOLE, "optim.learning_rate=3.0")
+    changes += ("checkpoint.keep=99",)
     digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
-    assert '"roll back"' in (tmp_path / "run1/metrics.jsonl").read_text() and len(digests) == 1
+    assert len(digests) == 1
+    records = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
+    judged = [r for r in records if r["event"] == "validate"]
+    back = next(i for i, r in enumerate(judged) if r["verdict"] == "roll back")
+    best = max(r["step"] for r in judged[:back] if r["best"])
+
+    def held(step, name):
+        with safe_open(tmp_path / f"run1/checkpoints/step-{step:09d}" / name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if not key.startswith(("split.", "carry."))}  # noqa: SIM118
+
+    for name in ("model.safetensors", "rank-00000.safetensors"):
+        before, after = held(best, name), held(judged[back]["step"], name)
+        assert before.keys() == after.keys() and before
+        assert all(torch.equal(after[key], values) for key, values in before.items())
 
 
 def test_what_is_shipped_is_what_was_validated(trireme, tmp_path):

@@ -16,9 +16,10 @@ from hpc.records import read_records
 
 SLAVES, BAD = 8, 3  # the slave that is wrong, where one is
 FAULTY = Path(__file__).with_name("faulty.py")
+WITHOUT = "without it"
 # case: (slaves, fault of one of them, whether slaves are judged)
 CASES: dict[str, tuple[int, str, bool]] = {
-    "all well": (SLAVES, "", True), "without it": (SLAVES - 1, "", True), "all well, not judged": (SLAVES, "", False),
+    "all well": (SLAVES, "", True), WITHOUT: (SLAVES - 1, "", True), "all well, not judged": (SLAVES, "", False),
     "permuted labels": (SLAVES, "permuted", True), "permuted labels, not judged": (SLAVES, "permuted", False),
     "exploding": (SLAVES, "exploding", True), "exploding, not judged": (SLAVES, "exploding", False),
     "NaN": (SLAVES, "nan", True), "NaN, not judged": (SLAVES, "nan", False),

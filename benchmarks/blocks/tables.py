@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from blocks.rejection import BAD, CASES, TOO_HIGH
+from blocks.rejection import BAD, CASES, TOO_HIGH, WITHOUT
 from blocks.rows import METHODS, NETWORKS
 from blocks.sweep import PAIRS
 from runs import Record, rate_of_best, spread
@@ -31,7 +31,10 @@ def chosen(records: Iterable[Record], tuning_seed: int) -> dict[Key, list[Record
         )
         if rate is not None:
             found[key] = sorted((r for r in runs if r["rate"] == rate), key=lambda r: r["seed"])
-    return dict(sorted(found.items(), key=lambda item: (item[0][:2], list(TEXT).index(item[0][2]), item[0][3])))
+    networks, methods = list(NETWORKS), list(TEXT)
+    return dict(sorted(
+        found.items(), key=lambda item: (item[0][0], networks.index(item[0][1]), methods.index(item[0][2]), item[0][3])
+    ))
 
 
 def accuracy(records: Sequence[Record], tuning_seed: int = 1) -> str:
@@ -79,8 +82,12 @@ def curves(records: Sequence[Record], tuning_seed: int = 1) -> bytes:
     figure = new_figure(3.6 * max(1, len(kinds)), LIGHT)
     grid = figure.subplots(max(1, len(kinds)), len(methods), squeeze=False, sharey="row")
     for line, (data, network) in enumerate(kinds):
+        measured = {key[2] for key in rows if key[:2] == (data, network)}
         for column, method in enumerate(methods):
             axes = grid[line][column]
+            if method not in measured:
+                axes.set_visible(False)
+                continue
             dress(axes, LIGHT, f"{data}, {network}: {METHODS[method]}", "sweeps", "" if column else "validation error")
             drawn = []
             for key, runs in rows.items():
@@ -100,9 +107,11 @@ def curves(records: Sequence[Record], tuning_seed: int = 1) -> bytes:
 def rejection(records: Sequence[Record]) -> str:
     """The cases of `bmuf.py rejection`: errors, and who was rejected, rightly and falsely."""
     out = [
-        "| | slaves | test error (%) | validation (%) | rejected of judged | rightly | falsely | time judging |",
-        "|---" * 8 + "|",
+        "| | slaves | test error (%) | beside the run without it, by seed | validation (%) | epochs, by seed | "
+        "rejected of judged | rightly | falsely | time judging |",
+        "|---" * 10 + "|",
     ]
+    without = {r["seed"]: r["test"] for r in records if r["case"] == WITHOUT}
     for name in (*CASES, TOO_HIGH):
         runs = sorted((r for r in records if r["case"] == name), key=lambda r: r["seed"])
         if not runs:
@@ -117,9 +126,13 @@ def rejection(records: Sequence[Record]) -> str:
             for key in ("test", "validation")
         ]
         told = [f"{count} of {sum(r['slaves'] for r in runs)}", str(right), str(count - right)]
+        if name == TOO_HIGH:
+            told[1:] = ["–", "–"]
+        gaps = [f"{100 * (r['test'] - without[r['seed']]):+.2f}" for r in runs if r["test"] and r["seed"] in without]
+        epochs = ", ".join(str(len(r["curve"])) for r in runs)
         out.append(
-            f"| {name} | {slaves} | {' | '.join(errors)} | {' | '.join(told if judged else ['–'] * 3)} | "
-            f"{f'{share:.0%}' if judged else '–'} |"
+            f"| {name} | {slaves} | {errors[0]} | {', '.join(gaps) if name != WITHOUT else ''} | {errors[1]} | {epochs} | "
+            f"{' | '.join(told if judged else ['–'] * 3)} | {f'{share:.0%}' if judged else '–'} |"
         )
     return "\n".join([*out, "", "† a run stopped or learned nothing."])
 
