@@ -129,9 +129,9 @@ def rejection(records: Sequence[Record]) -> str:
         if name == TOO_HIGH:
             told[1:] = ["–", "–"]
         gaps = [f"{100 * (r['test'] - without[r['seed']]):+.2f}" for r in runs if r["test"] and r["seed"] in without]
-        epochs = ", ".join(str(len(r["curve"])) for r in runs)
+        epochs, beside = ", ".join(str(len(r["curve"])) for r in runs), "" if name == WITHOUT else ", ".join(gaps)
         out.append(
-            f"| {name} | {slaves} | {errors[0]} | {', '.join(gaps) if name != WITHOUT else ''} | {errors[1]} | {epochs} | "
+            f"| {name} | {slaves} | {errors[0]} | {beside} | {errors[1]} | {epochs} | "
             f"{' | '.join(told if judged else ['–'] * 3)} | {f'{share:.0%}' if judged else '–'} |"
         )
     return "\n".join([*out, "", "† a run stopped or learned nothing."])
