@@ -82,13 +82,16 @@ def curves(records: Sequence[Record], tuning_seed: int = 1) -> bytes:
     figure = new_figure(3.6 * max(1, len(kinds)), LIGHT)
     grid = figure.subplots(max(1, len(kinds)), len(methods), squeeze=False, sharey="row")
     for line, (data, network) in enumerate(kinds):
-        measured = {key[2] for key in rows if key[:2] == (data, network)}
+        measured = [method for method in methods if any(key[:3] == (data, network, method) for key in rows)]
         for column, method in enumerate(methods):
             axes = grid[line][column]
             if method not in measured:
                 axes.set_visible(False)
                 continue
-            dress(axes, LIGHT, f"{data}, {network}: {METHODS[method]}", "sweeps", "" if column else "validation error")
+            first = method == measured[0]
+            said = "" if column else "validation error"
+            dress(axes, LIGHT, f"{data}, {network}: {METHODS[method]}", "sweeps", said)
+            axes.tick_params(labelleft=first)
             drawn = []
             for key, runs in rows.items():
                 if key[:2] != (data, network) or key[2] not in ("sgd", method):
