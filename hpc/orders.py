@@ -212,7 +212,7 @@ class Lanes(Order):
         begins = [lane * self.length for lane in range(split * lanes, (split + 1) * lanes)]
         if self.draw:
             anywhere = generator(self.seed, ORDER, epoch, split)
-            begins = anywhere.integers(self.dataset.rows - self.length, size=lanes).tolist()
+            begins = anywhere.integers(max(1, self.dataset.rows - self.length), size=lanes).tolist()
         piece = read_for(self.task, self.dataset, [(begin + low, begin + high) for begin in begins])
         self.task.check(piece)
         return piece

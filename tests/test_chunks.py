@@ -323,3 +323,9 @@ def test_whole_runs_keep_the_law_killed_and_resumed(trireme, start, tmp_path, ta
     kill(process)
     assert train(trireme, recipe, 2, stopped, *changes) == digests[1]
     trireme("predict", tmp_path / "run1", tmp_path / "validation", "--to", "h5", ranks=2)
+
+
+def test_a_split_may_draw_all_frames_in_one_lane(data):
+    task = task_of(data, bptt="truncated", chunk="20")
+    order = make_order(data, task, 2, batch=2 * task.steps, split_frames=10_000, runs=1, seed=1, draw=1.0)
+    assert order.length == data.rows and len(order.load(0, 0, 0)) == data.rows
