@@ -5,6 +5,8 @@
 #   make setup MPI=site      neither wheel: your site's own MPI, found through MPI4PY_LIBMPI
 #   make setup EXTRAS=cuda12 CuPy for a GPU whose torch is built for CUDA 12; CUDA 13 needs nothing more
 #   make kernels             compiles the CUDA sources, without a GPU: registers, shared memory, spills
+#   make soak                trains under random faults and restarts; as root, some 20 minutes
+#   make fuzz                hands altered recipes, manifests, shards and checkpoints to their readers; an hour
 
 VENV ?= .venv
 # What was chosen at the last set-up stays chosen.
@@ -21,11 +23,11 @@ STAMP := $(VENV)/.setup-$(MPI)$(if $(EXTRAS),-$(EXTRAS))
 CUDA12 := $(findstring cuda12,$(EXTRAS))
 DEV := $(if $(CUDA12),test,dev)
 
-.PHONY: help setup demo test lint check kernels clean
+.PHONY: help setup demo test lint check kernels soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,9p' Makefile
+	@sed -n '1,11p' Makefile
 
 setup: $(STAMP)
 
@@ -53,6 +55,12 @@ check: lint test
 
 kernels: setup
 	@$(BIN)/python -m kernels.compile
+
+soak: setup
+	@$(BIN)/python tests/faults/soak.py
+
+fuzz: setup
+	@$(BIN)/python tests/faults/fuzz.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from material import RECIPE, write_recipe  # noqa: E402
 
 from hpc.bench_crew import outside_a_job  # noqa: E402
+from hpc.files import sha256_of  # noqa: E402
 from hpc.hosts import Hosts  # noqa: E402
-from hpc.shards import sha256_of  # noqa: E402
 from jobs.demo import ranks_command  # noqa: E402
 
 STRATEGIES = {

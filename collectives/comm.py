@@ -32,18 +32,33 @@ from collectives.transport import CPU_WHY, Transport, choose_transport, look_aro
 
 __all__ = ["Comm", "LaunchError", "Message", "PeerLost", "RootFailed", "check_dealing", "everywhere"]
 
+FINISH_S = 300.0  # how long ranks may wait for each other at their end
 ABORT_S = 3.0  # how long an abort may take
 _NOTHING = np.empty(0, np.uint8)
 
 
 class RootFailed(RuntimeError):
-    """Another rank raised inside `on_root` or `each`; it reports the cause itself, this one only stops."""
+    """Another rank raised inside `on_root` or `each`; it reports the cause itself, this one only stops.
+
+    refused  whether the cause is something that was asked for wrongly (ValueError)
+    """
 
     raised_everywhere = True
+
+    def __init__(self, text: str, refused: bool = False):
+        super().__init__(text)
+        self.refused = refused
 
 
 class PeerLost(RuntimeError):
     """A rank that this one waits for is gone; the message names it, and what it was waited for."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the same would be raised again: something that was asked for wrongly, and not what a disk or link did."""
+    if isinstance(error, RootFailed):
+        return error.refused
+    return isinstance(error, ValueError | LaunchError) and not isinstance(error.__cause__, OSError)
 
 
 def everywhere(error: BaseException) -> BaseException:
@@ -105,6 +120,9 @@ class Comm:
         self.island = next(i for i, ranks in enumerate(self.islands) if self.rank in ranks)
         spaces = [space for _, _, _, space in met]  # neighbours whose process numbers mean something here:
         self._seen = [r for r in self.neighbours if spaces[r] and spaces[r] == spaces[self.rank]]
+        self._crews: dict[Any, dict[int, int]] = {}
+        for rank, (_, pid, host, space) in enumerate(met):
+            self._crews.setdefault((host, space) if space else rank, {})[rank] = pid
         self.transport = transport or Transport("window", CPU_WHY, self.islands)
         self.memory = Memory(
             self.neighbours, self.rank, lambda value: gather_records(value, self._local), self._allocate_shared,
@@ -192,11 +210,9 @@ class Comm:
             return False
         return status.rpartition(")")[2].split()[0] not in "ZX"
 
-    def lost(self) -> str:
-        """Which neighbour is gone while this rank waits in a call of all ranks; "" if none. From any thread."""
-        what = self.waiting
-        gone = [rank for rank in self._seen if not self.alive(rank)] if what else []
-        return f"{self.name_of(gone[0])} is gone; this rank waits for {what}" if gone else ""
+    def crews(self) -> list[dict[int, int]]:
+        """The ranks of every host, with the numbers of their processes: those that see each other's."""
+        return list(self._crews.values())
 
     def name_of(self, rank: int) -> str:
         """A rank and where it is, for messages: "rank 3 on node7"."""
@@ -220,7 +236,8 @@ class Comm:
             try:
                 answer = {"value": act()}
             except Exception as error:  # carried to every rank, raised again below
-                failure, answer = error, {"failed": f"{type(error).__name__}: {error}"}
+                failure = error
+                answer = {"failed": f"{type(error).__name__}: {error}", "refused": is_refusal(error)}
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = np.array([len(text)], np.int64)
         with self._waits(self.name_of(0)):
@@ -231,7 +248,7 @@ class Comm:
             raise everywhere(failure)
         answer = json.loads(body.tobytes())
         if "failed" in answer:
-            raise RootFailed(answer["failed"])
+            raise RootFailed(answer["failed"], answer["refused"])
         return answer["value"]
 
     def each(self, act: Callable[[], Any]) -> list[Any]:
@@ -245,12 +262,14 @@ class Comm:
             value = act()
         except Exception as error:  # carried to every rank, raised again below
             failure = error
-        answers = self.gather({"value": value} if failure is None else {"failed": str(failure)})
+        answers = self.gather({"value": value} if failure is None else {
+            "failed": str(failure), "refused": is_refusal(failure)
+        })
         if failure is not None:
             raise everywhere(failure)
         for rank, answer in enumerate(answers):
             if "failed" in answer:
-                raise RootFailed(f"rank {rank}: {answer['failed']}")
+                raise RootFailed(f"rank {rank}: {answer['failed']}", answer["refused"])
         return [answer["value"] for answer in answers]
 
     def barrier(self) -> None:
@@ -360,9 +379,14 @@ class Comm:
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Leave MPI in good order, so that a process may end with any exit code without aborting the others."""
+    def finish(self, code: int = 0) -> None:
+        """Leave MPI in good order, so that a process may end with any exit code without aborting the others.
+
+        code  the exit code, should MPI never come back: a rank that it waits for is gone
+        """
+        last = self._in_the_end(FINISH_S, code)
         MPI.Finalize()
+        last.cancel()
 
     def abort(self, code: int) -> None:
         """End every rank of the job now, with this exit code; a rank alone has nobody to end."""
@@ -371,10 +395,15 @@ class Comm:
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(1.0)  # the launcher passes on what was said last, before it hears of the abort and ends everything
-        last = threading.Timer(ABORT_S, os._exit, (code,))  # a rank that is cut off has no launcher that would end it
+        self._in_the_end(ABORT_S, code)  # a rank that is cut off has no launcher that would end it
+        MPI.COMM_WORLD.Abort(code)
+
+    def _in_the_end(self, seconds: float, code: int) -> threading.Timer:
+        """This process ends after so long, unless that is cancelled."""
+        last = threading.Timer(seconds, os._exit, (code,))
         last.daemon = True
         last.start()
-        MPI.COMM_WORLD.Abort(code)
+        return last
 
 
 def _processes() -> str:

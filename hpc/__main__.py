@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from importlib import import_module
 from typing import Any, NamedTuple
+
+from hpc.failure import FAILED
 
 EXAMPLES = """examples:
   trireme doctor                                              is this machine set up?
@@ -31,6 +34,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train the model that a recipe describes, or go on where it stopped", "hpc.training", True),
+    "launch": Command("train on all of this machine; go on after a failure", "jobs.launch", False),
+    "submit": Command("send a recipe, or a grid of them, to Slurm, or run it here", "jobs.submit", False),
+    "sbatch": Command("write an sbatch script that trains a recipe until it is done", "jobs.sbatch", False),
+    "jobs": Command("list runs, and how each is doing", "jobs.listing", False),
+    "logs": Command("show what all ranks of a run said, in the order of time", "jobs.logs", False),
     "prepare": Command("make data sets from your files", "hpc.prepare.command", True),
     "evaluate": Command("measure a finished run's model on a data set", "hpc.scoring", True),
     "folds": Command("cross-validation: train on every fold, measure each model on its test set", "hpc.folds", True),
@@ -86,6 +94,9 @@ def parse(chosen: str, words: list[str]) -> argparse.Namespace:
 def _guarded(act: Any, arguments: argparse.Namespace) -> int:
     try:
         return act(arguments)
+    except BrokenPipeError:  # who reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"trireme {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -94,32 +105,33 @@ def _guarded(act: Any, arguments: argparse.Namespace) -> int:
 def _with_ranks(act: Any, arguments: argparse.Namespace) -> int:
     """Run a command on every rank. What one rank alone raises aborts the job; what all raise ends it quietly."""
     try:
-        from collectives.comm import Comm, LaunchError, PeerLost, RootFailed
+        from collectives.comm import Comm, LaunchError, PeerLost, RootFailed, is_refusal
         from collectives.strategy import TrainingFailed
     except (ImportError, RuntimeError) as error:  # mpi4py found no MPI library
         print(f"trireme {arguments.command}: MPI cannot be loaded ({error}); see 'trireme doctor'", file=sys.stderr)
-        return 1
+        return FAILED
     comm = None
     try:
         comm = Comm.start()
         code = act(arguments, comm)
-        comm.finish()
+        comm.finish(code)
         return code
-    except RootFailed:
+    except RootFailed as error:
         assert comm is not None
-        comm.finish()
-        return 1
+        code = 1 if error.refused else FAILED
+        comm.finish(code)
+        return code
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = 1
+        code = 1 if is_refusal(error) else FAILED
         expected = isinstance(error, ValueError | OSError | LaunchError | PeerLost | TrainingFailed)
         who = comm.label if comm is not None else ""
         where = f"{error.__notes__[0]}: " if getattr(error, "__notes__", None) else ""
         text = str(error) if expected else "".join(traceback.format_exception(error))
         print(f"{who}trireme {arguments.command}: {where}{text}", file=sys.stderr, flush=True)
         if comm is not None and getattr(error, "raised_everywhere", False):
-            comm.finish()
+            comm.finish(code)
             return code
     if comm is not None:
         comm.abort(code)

@@ -34,7 +34,7 @@ from hpc.bench_options import (
     writable,
 )
 from hpc.quantities import counted, doubt
-from hpc.shards import MANIFEST, SCHEMA, ShardWriter, shard_name, write_json
+from hpc.shards import ShardWriter, shard_name, write_manifest
 
 EXAMPLES = """examples:
   trireme bench data --gb 1                            reading, shuffling, stacking, waiting: on generated shards
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     measure = import_module(BENCHMARKS[arguments.benchmark].module).measure
     ratios = doubted = 0
     for record in chain([machine()], measure(arguments)):
-        _show({"bench": arguments.benchmark, **record}, arguments.out)
+        show({"bench": arguments.benchmark, **record}, arguments.out)
         why = {key.removesuffix("_doubt"): text for key, text in record.items() if key.endswith("_doubt")}
         ratios, doubted = ratios + sum(key.endswith("_of_pairs") for key in record), doubted + len(why)
         if why:
@@ -102,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(record: dict[str, Any], out: Path | None) -> None:
+def show(record: dict[str, Any], out: Path | None) -> None:
+    """Print a measurement as a JSON line, and append it to a file if one is given."""
     line = json.dumps(rounded(record))
     print(line, flush=True)
     if out:
@@ -234,8 +235,8 @@ def make_data(folder: Path, frames: int, *, width: int = 40, classes: int = 1000
         "features": {"dtype": "float32", "width": width, "mean": [0.0] * width, "std": [1.0] * width},
         "labels": {"dtype": "int32", "classes": classes, "names": [str(c) for c in range(classes)]},
     }
-    manifest = {"schema": SCHEMA, "kind": "frames", "fields": fields, "utterances": utterances, "frames": written}
-    write_json(folder / MANIFEST, manifest | {"shards": entries})
+    manifest = {"kind": "frames", "fields": fields, "utterances": utterances, "frames": written}
+    write_manifest(folder, manifest | {"shards": entries})
 
 
 def recipe_for(folder: Path, run: Path, **tables: Any) -> dict[str, Any]:

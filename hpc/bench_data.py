@@ -23,9 +23,10 @@ import torch
 from hpc.bench import in_turns, make_data, quotient, recipe_for, say, scratch, spread
 from hpc.bench_crew import Crew
 from hpc.build import registry
+from hpc.hdf5 import plain_reader
 from hpc.orders import SHUFFLE, Shuffled, generator
 from hpc.pieces import read_piece
-from hpc.shards import Dataset, plain_reader
+from hpc.shards import Dataset
 from models.task import Piece
 
 PIECE_STEPS = 16  # batches of a piece while waiting is measured: a new piece every few steps

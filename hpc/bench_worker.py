@@ -21,8 +21,9 @@ from hpc.build import make_job, registry
 from hpc.config import options, resolve
 from hpc.hosts import crossed
 from hpc.meter import PHASES, Meter
+from hpc.pulse import Pulse
 from hpc.run import RunFolder
-from hpc.runtime import Device, StopFlag, Watchdog
+from hpc.runtime import Device, StopFlag
 from hpc.train import train
 
 
@@ -48,7 +49,7 @@ class PacedMeter(Meter):
         alone: Callable[[], object] | None = None,
     ):
         super().__init__(
-            meter.comm, meter.journal, meter.watchdog, meter.every, meter.progress, active=meter.active, sent=meter.sent
+            meter.comm, meter.journal, meter.pulse, meter.every, meter.progress, active=meter.active, sent=meter.sent
         )
         self.gate, self.parts, self.drain, self.alone = gate, parts, drain, alone
         self.steps: list[dict[str, float]] = []
@@ -106,8 +107,8 @@ def work(spec: dict[str, Any]) -> None:
     log = spec["recipe"].get("log", {}) | {"trace": 0}  # the paced meter has no turns to trace
     recipe = resolve(spec["recipe"] | {"log": log}, registry())
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
-    watchdog = Watchdog(0, f"rank {comm.rank}", comm.abort)
-    made = make_job(recipe, comm, device, RunFolder(recipe.run), watchdog, StopFlag())
+    pulse = Pulse(0)
+    made = make_job(recipe, comm, device, RunFolder(recipe.run), pulse, StopFlag())
     assert made is not None, "a benchmark's run folder is new"
     job, at, carries = made
     hello = {
@@ -127,6 +128,7 @@ def work(spec: dict[str, Any]) -> None:
     job.batches.close()
     job.saver.close()
     job.meter.journal.close()
+    pulse.close()
     comm.finish()
 
 

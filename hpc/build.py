@@ -5,7 +5,6 @@ Tasks and strategies of other packages join through the entry points `trireme.ta
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from functools import partial
@@ -21,20 +20,23 @@ from collectives.bmuf import BMUF
 from collectives.comm import Comm
 from collectives.elastic import Elastic
 from collectives.onebit import OneBitSGD
-from hpc import optim
+from hpc import guard, optim
 from hpc.batches import Batches, make_order
 from hpc.checkpoint import Checkpoint, CheckpointError, Saver, load_model, newest
 from hpc.config import Recipe, RecipeError, options, read_toml, resolve
 from hpc.evaluate import batches_of, count_of, evaluate, pieces_of
 from hpc.everywhere import made_everywhere
+from hpc.files import read_object, sha256_of
 from hpc.flat import Flat
 from hpc.job import Carries, Job
+from hpc.manifest import AT_MOST
 from hpc.meter import Journal, Meter, RunJournal, Silence
 from hpc.minibatch import Selection
+from hpc.pulse import Pulse, stacks_name
 from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
-from hpc.runtime import Device, StopFlag, Watchdog
+from hpc.runtime import Device, StopFlag
 from hpc.schedule import POLICIES, Replay, Schedule
-from hpc.shards import REMEDY, DataError, Dataset, read_manifest, sha256_of
+from hpc.shards import REMEDY, DataError, Dataset, read_manifest
 from hpc.spans import Spans
 from hpc.staging import stage
 from models.frames import Frames
@@ -143,7 +145,7 @@ def _verify(dataset: Dataset, comm: Comm) -> None:
 
 
 def make_job(
-    recipe: Recipe, comm: Comm, device: Device, run: RunFolder, watchdog: Watchdog, stop: StopFlag
+    recipe: Recipe, comm: Comm, device: Device, run: RunFolder, pulse: Pulse, stop: StopFlag
 ) -> tuple[Job, int, Carries] | None:
     """Everything that training needs, the step to go on from, and what the splits' next batches start from there; None
     if the run is finished already (collective).
@@ -159,11 +161,15 @@ def make_job(
     if comm.on_root(lambda: run.open(recipe, fields, operational)):
         return None
     run.opened = True
-    with watchdog.resting():  # copying and hashing a large data set shows no progress
+    run.lock.token = comm.on_root(lambda: run.lock.token)  # all of them are this job
+    pulse.keep(run.lock.token, run.path / guard.FOLDER / stacks_name(comm.rank), comm.rank)
+    comm.barrier()
+    pulse.guarded(guard.start(comm, run.path, run.lock.token, pulse.patience, recipe.log.silence))
+    with pulse.resting():  # copying and hashing a large data set shows no progress
         train_set, *rest = open_data(recipe, comm, task)
     fresh = comm.on_root(lambda: not any(run.checkpoints.glob("step-*")) and not recipe.init_from)
     made: list[torch.nn.Module] = []
-    with watchdog.resting():  # there may be word vectors to read
+    with pulse.resting():  # there may be word vectors to read
         comm.each(lambda: made.append(make_model(task, device, recipe.seed if fresh else None)))
     (model,) = made
     rule = registry()["optim"][recipe.optim.name](**options(recipe.optim))
@@ -177,15 +183,14 @@ def make_job(
     flat = Flat(model, comm.memory.common if shared else partial(comm.memory.zeros, device=device.torch))
     comm.barrier()  # who goes on from here may change weights that others were still filling in
     strategy = kind(comm, flat, rule, order.counted * parts, **options(recipe.strategy))
-    watchdog.lost = comm.lost
-    watchdog.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
+    pulse.about = lambda: strategy.waiting_for() or (comm.waiting and f"waiting for {comm.waiting}")
     apart = comm.apart()
 
     def validate(alone: bool = False) -> dict[str, float]:
         """The validation metrics of the model as it is: by all ranks together, or by this one alone."""
         return evaluate(
             task, model, rest[0], apart if alone else comm, device.place, device.autocast,
-            lambda: watchdog.beat("validating"),
+            lambda: pulse.beat("validating"),
         )
 
     strategy.evaluate = validate if rest else None
@@ -203,11 +208,12 @@ def make_job(
         journal = RunJournal(run.path, schedule.steps, recipe.log.tensorboard)
     spans = Spans(run.path, recipe.log.trace)
     meter = Meter(
-        comm, journal, watchdog, recipe.log.every, batches.progress, task.noun, spans,
+        comm, journal, pulse, recipe.log.every, batches.progress, task.noun, spans,
         active=lambda: strategy.active_s, sent=lambda: strategy.sent(),
     )
     saver = Saver(
-        run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written)
+        run.checkpoints, comm, flat, recipe.checkpoint.keep, lambda written: journal.write("checkpoint", **written),
+        run.lock.check,
     )
     strategy.note, strategy.phase, batches.loaded = meter.note, meter, spans.loaded
     job = Job(
@@ -297,9 +303,9 @@ def _steps(frames: int, counted: float) -> int:
 def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, Carries]:
     """Go on from the newest whole checkpoint, or begin; the step to go on from, and with what (collective)."""
     log = logging.getLogger("trireme")
-    found, complaints = job.comm.on_root(lambda: _newest(run))
+    found, complaints, best, lost = job.comm.on_root(lambda: _newest(run))
     for complaint in complaints:
-        log.warning("%s; using the one before it", complaint)
+        log.warning("%s; going on from another one", complaint)
     if found:
         checkpoint = Checkpoint(run.checkpoints / found, flat)
         if "minibatch" not in checkpoint.state:
@@ -307,12 +313,19 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
         job.strategy.restore(checkpoint)
         job.schedule.restore(checkpoint.state["schedule"])
         job.selection.restore(checkpoint.state["minibatch"], job.strategy)
-        job.saver.best = checkpoint.state["best"]
+        job.saver.best = best
+        if lost and (job.schedule.stopped or checkpoint.state["at"] >= job.schedule.steps):
+            raise CheckpointError(f"{complaints[-1]}: training is over, and its model is lost; start anew (run=...)")
+        if lost:
+            job.schedule.forget_best()
+            log.warning("the best model so far is lost with its checkpoint: the next validation's counts as the best")
         log.info("resuming from checkpoint %s", found)
         job.meter.at = checkpoint.state["at"]
         return checkpoint.state["at"], {split: checkpoint.carry(split, job.device.place) for split in job.comm.splits}
+    if run.last_failure:
+        log.info("there is no checkpoint yet to go on from (checkpoint.every makes some amid epochs): beginning anew")
     if recipe.init_from:
-        with job.meter.watchdog.resting():  # large matrices may be restructured
+        with job.meter.pulse.resting():  # large matrices may be restructured
             load_model(Path(recipe.init_from, MODEL), flat, flat.weights, partial(job.task.adapted, job.model))
         log.info("starting from the model of %s", recipe.init_from)
         job.comm.barrier()  # who goes on may change weights that others were still filling in
@@ -320,13 +333,13 @@ def _resume(job: Job, recipe: Recipe, run: RunFolder, flat: Flat) -> tuple[int, 
     return 0, dict.fromkeys(job.comm.splits)
 
 
-def _newest(run: RunFolder) -> tuple[str, list[str]]:
-    path, complaints = newest(run.checkpoints)
+def _newest(run: RunFolder) -> tuple[str, list[str], str | None, bool]:
+    path, complaints, best, lost = newest(run.checkpoints)
     if path is None and complaints:
         raise CheckpointError(
             f"no checkpoint of '{run.path}' can be used: {'; '.join(complaints)}; remove the folder to start over"
         )
-    return path.name if path else "", complaints
+    return path.name if path else "", complaints, best, lost
 
 
 def finished_model(run: Path) -> Path:
@@ -336,7 +349,11 @@ def finished_model(run: Path) -> Path:
             what = f"no {RECIPE} in it" if run.is_dir() else "there is no such folder"
             raise RunError(f"'{run}' is not a run folder: {what}")
         raise RunError(f"'{run}' did not finish (no '{SUCCESS}' in it); start its training command again to finish it")
-    if sha256_of(run / MODEL) != json.loads((run / SUCCESS).read_text())["sha256"]:
+    try:
+        digest = read_object(run / SUCCESS, AT_MOST).get("sha256")
+    except ValueError as error:
+        raise RunError(f"'{run / SUCCESS}' cannot be read ({error})") from error
+    if sha256_of(run / MODEL) != digest:
         raise RunError(f"'{run / MODEL}' was altered since the run ended (SHA-256 differs); copy it from a checkpoint")
     return run / MODEL
 

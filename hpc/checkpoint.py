@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +31,13 @@ from safetensors.torch import save_file
 
 from collectives.comm import Comm
 from collectives.strategy import State
+from hpc.files import read_object, sha256_of, write_json, write_sealed
 from hpc.flat import Flat
-from hpc.shards import sha256_of, write_json
+from hpc.manifest import AT_MOST, CheckpointManifest, read_checked
 from models.task import Carry, Tensors
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+NAME = r"step-\d{9,}"
 PART_PATIENCE_S = 600.0  # how long rank 0 waits for the other ranks' parts of one checkpoint
 
 
@@ -57,8 +61,11 @@ class Checkpoint:
     def __init__(self, folder: Path, flat: Flat):
         self.folder, self.flat = folder, flat
         self.manifest = read_manifest(folder)
-        self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        self.common: dict[str, Any] = self.state["common"]
+        try:
+            self.state: dict[str, Any] = read_object(folder / STATE, AT_MOST)
+            self.common: dict[str, Any] = self.state["common"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint '{folder}' has no readable {STATE} ({error})") from error
 
     def weights_into(self, weights: torch.Tensor) -> None:
         load_model(self.folder / MODEL, self.flat, weights)
@@ -70,7 +77,7 @@ class Checkpoint:
         while at < high:
             file, start, last = self._holder(name, at)
             last = min(high, last)
-            with safe_open(self.folder / file, "pt") as opened:
+            with self._reading(file) as opened:
                 found[at - low : last - low] = opened.get_slice(f"slice.{name}")[start : start + last - at]
             at = last
         return found
@@ -94,10 +101,21 @@ class Checkpoint:
         held = self._of_split("carry", split)
         return tuple(place(held[str(i)]) for i in range(len(held))) or None
 
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Any]:
+        """One of its files. Raises CheckpointError for what it does not hold, or not as it should."""
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint '{self.folder}': {name} cannot be read ({error})") from error
+
     def _of_split(self, kind: str, split: int) -> dict[str, torch.Tensor]:
-        part = next(p for p in self.manifest["parts"] if split in p["splits"])
+        part = next((p for p in self.manifest["parts"] if split in p["splits"]), None)
+        if part is None:
+            raise CheckpointError(f"checkpoint '{self.folder}' does not hold split {split}")
         prefix = f"{kind}.{split}."
-        with safe_open(self.folder / part["file"], "pt") as file:
+        with self._reading(part["file"]) as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
@@ -105,10 +123,8 @@ class Checkpoint:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest. Raises CheckpointError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        assert all(part["pieces"] is not None for part in manifest["parts"])
-        return manifest | {"files": manifest["files"]}
-    except (OSError, ValueError, KeyError) as error:
+        return read_checked(folder / MANIFEST, CheckpointManifest)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint '{folder}' has no readable {MANIFEST} ({error})") from error
 
 
@@ -167,15 +183,16 @@ class Saver:
     folder  the run's `checkpoints` folder, seen by all ranks
     keep    how many of the last checkpoints to keep, beside the best
     report  told of every checkpoint that rank 0 has finished: step, name, seconds, bytes
+    allowed raises an error if this job may write here no longer; asked on rank 0 before anything is removed or renamed
     """
 
     def __init__(
         self, folder: Path, comm: Comm, flat: Flat, keep: int,
-        report: Callable[[dict[str, Any]], None] = lambda _: None,
+        report: Callable[[dict[str, Any]], None] = lambda _: None, allowed: Callable[[], None] = lambda: None,
     ):
         self.folder, self.comm, self.flat, self.keep = folder, comm, flat, keep
         self.best: str | None = None
-        self.report = report
+        self.report, self.allowed = report, allowed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[dict[str, Any] | None] | None = None
 
@@ -230,6 +247,7 @@ class Saver:
         self._thread.shutdown()
 
     def _clear(self, name: str) -> None:
+        self.allowed()
         for stale in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
         (self.folder / f".{name}.tmp").mkdir(parents=True)
@@ -274,29 +292,72 @@ class Saver:
             files[part["file"]] = {k: part.pop(k) for k in ("bytes", "sha256")}
             parts.append(part)
             path.unlink()
-        write_json(temporary / MANIFEST, {"files": files, "parts": parts})
+        write_sealed(temporary / MANIFEST, {"files": files, "parts": parts})
         _sync_folder(temporary)
+        self.allowed()
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync_folder(self.folder)
         earlier = sorted(p.name for p in self.folder.glob("step-*") if p.name <= name)  # later ones are torn or undone
-        keep = {*earlier[-self.keep :], self.best}
+        last = earlier[-self.keep :]
+        keep = set(last)
+        for one in last:  # should the newest be damaged, an older one goes on, with the best model that it knew
+            with suppress(CheckpointError):
+                keep.add(str(best_of(self.folder / one)))
         for old in self.folder.glob("step-*"):
             if old.name not in keep:
                 shutil.rmtree(old)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run's `checkpoints` folder (or None), and what is wrong with newer ones."""
+class Newest(NamedTuple):
+    """What a run goes on from.
+
+    path        a whole checkpoint; None: there is none
+    complaints  what is wrong with newer ones
+    best        the checkpoint of its best model so far; None: none yet, or `lost`
+    lost        whether there was such a one, and it is not whole
+    """
+
+    path: Path | None
+    complaints: list[str]
+    best: str | None = None
+    lost: bool = False
+
+
+def newest(folder: Path) -> Newest:
+    """The newest whole checkpoint of a run's `checkpoints` folder whose best one is whole, too; else the newest whole.
+
+    The best model is what ships, and what a schedule may go back to.
+    """
     complaints: list[str] = []
+    without: Newest | None = None
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             check(path)
-            return path, complaints
+            best = best_of(path)
         except CheckpointError as error:
             complaints.append(str(error))
-    return None, complaints
+            continue
+        try:
+            if best not in (None, path.name):
+                check(folder / best)
+            return Newest(path, complaints, best)
+        except CheckpointError as error:
+            complaints.append(f"{error}, the best model so far of checkpoint '{path.name}'")
+            without = without or Newest(path, complaints, None, True)
+    return without or Newest(None, complaints)
+
+
+def best_of(folder: Path) -> str | None:
+    """The name of the checkpoint that held the best model when this one was written. Raises CheckpointError."""
+    try:
+        best = read_object(folder / STATE, AT_MOST).get("best")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint '{folder}' has no readable {STATE} ({error})") from error
+    if best is not None and not (isinstance(best, str) and re.fullmatch(NAME, best)):
+        raise CheckpointError(f"checkpoint '{folder}': '{best}' is no checkpoint's name")
+    return best
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc.config import flatten, read_toml
+from hpc.files import sha256_of
 from hpc.quantities import amount, duration, metric, percent, spoken
 from hpc.records import metrics_of, number
 from hpc.report import replace_file
-from hpc.shards import sha256_of
 from hpc.summary import RunHistory, read_run, strict_json, summarize
 
 MODEL = "model.safetensors"

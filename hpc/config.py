@@ -18,6 +18,8 @@ import tomli_w
 from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from hpc.files import read_start
+
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
 TABLES = ("task", "strategy", "optim", "schedule")
 DEFAULT_NAMES = {"strategy": "allreduce", "optim": "momentum", "schedule": "newbob"}
@@ -25,6 +27,9 @@ DEFAULT_NAMES = {"strategy": "allreduce", "optim": "momentum", "schedule": "newb
 OPERATIONAL = (
     "run", "device", "data.train", "data.validation", "data.stage", "data.verify", "checkpoint", "log",
 )
+
+
+AT_MOST = 1 << 20  # bytes of a recipe
 
 
 class RecipeError(ValueError):
@@ -93,12 +98,13 @@ class Log(Section):
         default=20, ge=0, description="turns traced from every start and validation on ('trireme trace'); 0: none"
     )
     watchdog: float = Field(default=900.0, ge=0, description="seconds without progress until the job ends; 0: never")
+    silence: float = Field(default=6.0, ge=0, description="seconds until a host nobody hears is lost; 0: never")
 
 
 class Recipe(Section):
     """Everything that decides what is learned, and where it is put."""
 
-    run: str = Field(description="the run's folder")
+    run: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$", description="the run's folder")
     seed: int = Field(default=1, ge=0, lt=2**31)
     splits: int = Field(default=1, ge=1, description="parts the data is learned in; the number of ranks must divide it")
     threads: int = Field(default=1, ge=1, description="threads a rank; another number may change last bits")
@@ -167,12 +173,14 @@ def load(path: str | Path, overrides: Sequence[str], registry: Mapping[str, Mapp
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A recipe file as nested dictionaries, unchecked. Raises RecipeError if it is missing or not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_start(Path(path), AT_MOST).decode())
+    except RecursionError:
+        raise RecipeError(f"recipe '{path}' is nested too deeply") from None
     except FileNotFoundError as error:
         raise RecipeError(f"recipe '{path}' does not exist; Trireme's own are in jobs/recipes/") from error
     except IsADirectoryError as error:
         raise RecipeError(f"'{path}' is a folder, not a recipe file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecipeError(f"recipe '{path}' is not TOML: {error}") from error
 
 
@@ -200,7 +208,7 @@ def _table_model(table: str, raw: dict[str, Any], known: Mapping[str, type]) -> 
     if not isinstance(given, dict):
         raise RecipeError(f"recipe key '{table}' = {given!r}: expected a table, [{table}]")
     name: Any = given.get("name", DEFAULT_NAMES.get(table))
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         if name is None:
             raise RecipeError(f"recipe key '{table}.name' is missing; it is one of {sorted(known)}")
         raise RecipeError(f"recipe key '{table}.name' = {name!r}: not registered; {_nearest(str(name), known)}")
@@ -217,6 +225,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override '{override}' is not of the form key=value, e.g. optim.learning_rate=0.05")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
+    except RecursionError:
+        raise RecipeError(f"override '{override[:60]}...' is nested too deeply") from None
     except tomllib.TOMLDecodeError:
         value = text.strip()
     table = raw

@@ -139,7 +139,7 @@ def check_gpus() -> Finding:
 
 
 def check_hdf5() -> Finding:
-    from hpc.shards import hdf5_version
+    from hpc.hdf5 import hdf5_version
 
     return Finding("hdf5", "ok", f"{hdf5_version()}, fletcher32 checksums")
 
@@ -219,15 +219,9 @@ def check_mpi(problems: Sequence[Mapping[str, str]]) -> list[Finding]:
     loaded, error = launch([sys.executable, "-c", LOADS], os.environ)
     if not loaded:
         return [Finding("mpi", "problem", f"the MPI library cannot be loaded: {error}", INSTALL)]
-    import mpi4py
-
-    mpi4py.rc.initialize = False  # comm only names the library and reads the launcher's promise here
-    from collectives.comm import mpi_library
     from collectives.launch import promised_size
 
-    files = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    path = next((file for file in files if re.search(r"/libmpi(ch|_cray|_abi)?\.so[.\d]*$", file)), "unknown")
-    version = mpi_library().split(", package")[0].replace(" Version:", "")
+    version, path = mpi_here()
     source = "MPI4PY_LIBMPI" if "MPI4PY_LIBMPI" in os.environ else "wheel" if path.startswith(sys.prefix) else "system"
     record = {"host": socket.gethostname(), "cores": sorted(os.sched_getaffinity(0)), "problems": problems}
     promised = promised_size(os.environ) or 1
@@ -238,6 +232,18 @@ def check_mpi(problems: Sequence[Mapping[str, str]]) -> list[Finding]:
         Finding("mpi", "ok", f"{version} ({source}: {path})"), *launcher, *(check_abilities(world) if world else []),
         check_cores(records, version), check_slurm(version), *dict.fromkeys(elsewhere),
     ]
+
+
+def mpi_here() -> tuple[str, str]:
+    """The MPI library's name and version, and its file; loaded, but not started. Raises ImportError or RuntimeError."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from collectives.comm import mpi_library
+
+    files = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    path = next((file for file in files if re.search(r"/libmpi(ch|_cray|_abi)?\.so[.\d]*$", file)), "unknown")
+    return mpi_library().split(", package")[0].replace(" Version:", ""), path
 
 
 def check_world(promised: int, record: Mapping, version: str, path: str) -> tuple[list[Finding], dict[str, Any]]:

@@ -20,11 +20,12 @@ from hpc import training
 from hpc.build import load_run, registry
 from hpc.config import Recipe, load
 from hpc.evaluate import evaluate
+from hpc.files import write_json
 from hpc.quantities import metric, spoken
 from hpc.records import read_records
 from hpc.run import SUCCESS, compare_fields, read_data
 from hpc.runtime import PREEMPTED, StopFlag
-from hpc.shards import MANIFEST, DataError, Dataset, read_manifest, write_json
+from hpc.shards import MANIFEST, DataError, Dataset, read_manifest
 
 RESULT = "folds.json"
 SCORE = "fold.json"  # in a fold's run folder

@@ -7,6 +7,7 @@ order of the splits, so the recorded numbers do not depend on the number of rank
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -21,8 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from collectives.comm import Comm
+from hpc.pulse import Pulse
 from hpc.quantities import hidden_share, percent
-from hpc.runtime import Watchdog
 from hpc.spans import Spans
 
 PHASES = ("read", "forward", "backward", "exchange", "judge", "validate", "checkpoint", "select")
@@ -88,6 +89,7 @@ class RunJournal:
                     self._board.add_scalar(f"{event}/{name}", value, values["step"])
 
     def show(self, at: int, text: str) -> None:
+        logging.getLogger("trireme").debug(text)  # for the rank's file; the screen has it already
         self._bar.update(self._task, completed=at, description=text)
         if not self._live:
             left = (time.monotonic() - self._began) / max(at - self._first, 1) * (self._steps - at)
@@ -102,7 +104,7 @@ class RunJournal:
 
 
 class Meter:
-    """Counts seconds by phase, losses by split, and frames; beats the watchdog; has its spans recorded.
+    """Counts seconds by phase, losses by split, and frames; beats the pulse; has its spans recorded.
 
     comm       to join the ranks' counts
     journal    where rank 0 writes
@@ -115,11 +117,11 @@ class Meter:
     """
 
     def __init__(
-        self, comm: Comm, journal: Journal, watchdog: Watchdog, every: int,
+        self, comm: Comm, journal: Journal, pulse: Pulse, every: int,
         progress: Callable[[int], tuple[float, int]], noun: str = "frames", spans: Spans | None = None,
         active: Callable[[], float] = lambda: 0.0, sent: Callable[[], dict[str, int]] = lambda: {},
     ):
-        self.comm, self.journal, self.watchdog = comm, journal, watchdog
+        self.comm, self.journal, self.pulse = comm, journal, pulse
         self.every, self.progress, self.noun = every, progress, noun
         self.spans, self.active, self.sent = spans or Spans(), active, sent
         self.at, self._rate = 0, 0.0
@@ -136,7 +138,7 @@ class Meter:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the seconds of a block as this phase's; those of a phase within it are that one's alone."""
-        self.watchdog.beat(f"in phase '{phase}' after step {self.at}")
+        self.pulse.beat(f"in phase '{phase}'", self.at)
         now = time.monotonic_ns()
         if self._under:
             self._spent(*self._under[-1], now)

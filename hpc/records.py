@@ -84,7 +84,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str]:
     """One line as (record, ""), or ({}, what is wrong with it)."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
         return {}, f"not whole JSON ({error})"
     if not isinstance(record, dict):
         return {}, f"a JSON {type(record).__name__}, expected an object"

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hpc.files import temporary_of
 from hpc.report_page import page
 from hpc.summary import read_run, strict_json, summarize
 
@@ -38,7 +39,7 @@ def report(run: Path) -> dict[str, Any]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old one or the new one, never a part. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

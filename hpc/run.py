@@ -8,28 +8,37 @@
     logs/, tensorboard/
     model.safetensors   the model that ships: the best on validation (without a validation set, the last)
     success             JSON; there only if the run came to its end
-    failure.json        rank, host, step and cause of the last failure
+    stopped             JSON; there if the last job was asked to stop, and left a checkpoint to go on from
+    failure.json        rank, host, step and cause of the last job's failure (see failure.py)
+    job.lock            who trains here now (see lock.py)
+    ranks/              the stacks of ranks, asked for when one of them hangs (see guard.py)
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from collectives.comm import PeerLost
+from collectives.strategy import TrainingFailed
 from hpc.checkpoint import check
 from hpc.config import OPERATIONAL, Recipe, differences, read_toml
-from hpc.shards import MANIFEST, sha256_of, write_json
+from hpc.failure import FAILURE, read_failure, write_failure
+from hpc.files import read_object, sha256_of, temporary_of, write_json
+from hpc.lock import LOCK, Lock
+from hpc.manifest import AT_MOST, RunData, checked
+from hpc.shards import MANIFEST
 
-RECIPE, DATA, SUCCESS, FAILURE, MODEL = "recipe.toml", "data.json", "success", "failure.json", "model.safetensors"
-EXCHANGE = "exchange.json"
+RECIPE, DATA, SUCCESS, STOPPED, MODEL = "recipe.toml", "data.json", "success", "stopped", "model.safetensors"
+EXCHANGE, SUBMITTED = "exchange.json", "submitted.json"
+PEER_S = 2.0  # that a rank leaves to others to say why a peer is gone
+BEFORE = {LOCK, SUBMITTED, "logs"}  # what may be there before a run begins
 
 
 class RunError(ValueError):
@@ -47,6 +56,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.opened = False  # whether it is this run's: only then a failure is written into it
+        self.lock = Lock(self.path)
+        self.last_failure: dict[str, Any] | None = None  # of the job before this one
 
     def open(self, recipe: Recipe, fields: dict[str, Any], operational: Sequence[str] = ()) -> bool:
         """Make the folder, or check that it belongs to this recipe and data; whether the run is finished already.
@@ -55,34 +66,55 @@ class RunFolder:
 
         A run that has not come to a checkpoint yet has nothing to lose: its recipe is replaced.
 
-        Raises RunError naming the keys that differ, if it holds another recipe's run.
+        Raises RunError naming the keys that differ, if it holds another recipe's run; Locked if a job trains in it.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}  # those are ours
+        if RECIPE not in there and there - BEFORE:
+            raise RunError(f"'{self.path}' is not empty and not a run folder; choose another one (run=...)")
+        self.lock.take()
+        try:
+            return self._opened(recipe, fields, operational)
+        except BaseException:  # an interrupt, too, leaves nobody's lock behind
+            self.lock.release()
+            raise
+
+    def _opened(self, recipe: Recipe, fields: dict[str, Any], operational: Sequence[str]) -> bool:
+        for path in self.path.rglob("*"):
+            if path.is_symlink():  # what is written through one may be anywhere
+                raise RunError(f"'{path}' is a link, which Trireme does not make in a run folder; put the file there")
         finished, learned = (self.path / SUCCESS).exists(), any(self.checkpoints.glob("step-*"))
         data = {"fields": fields, "train": _digest(recipe.data.train), "validation": _digest(recipe.data.validation)}
-        if (self.path / RECIPE).exists():
+        if finished or learned:
             held = read_toml(self.path / RECIPE)
             changed = differences(held, recipe.to_dict(), (*OPERATIONAL, *operational))
             held_data = read_data(self.path)
-            other = [k for k in ("train", "validation") if held_data[k] != data[k]]
+            other = [k for k in ("train", "validation") if held_data.get(k) != data[k]]
             changed += [f"data.{k}: another data set than before" for k in other]
-            if changed and (finished or learned):
+            if changed:
                 raise RunError(
                     f"run folder '{self.path}' holds a run of another recipe ({'; '.join(changed)}); "
                     f"choose another folder (run=...; init_from={self.path} starts from this model), or remove it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise RunError(f"'{self.path}' is not empty and not a run folder; choose another one (run=...)")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / DATA, data)
-        temporary = self.path / f".{RECIPE}.tmp"
+        if finished:
+            self.lock.release()
+            return True
+        for stale in (*self.path.glob(f".{RECIPE}.tmp*"), *self.path.glob(f".{MODEL}.tmp*")):
+            stale.unlink()
+        temporary = temporary_of(self.path / RECIPE)
         temporary.write_text(recipe.to_toml(), encoding="utf-8")
-        os.replace(temporary, self.path / RECIPE)
-        return finished
+        os.replace(temporary, self.path / RECIPE)  # first, so that the folder is known for what it is
+        write_json(self.path / DATA, data)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.last_failure = read_failure(self.path)
+        for name in (FAILURE, STOPPED):
+            (self.path / name).unlink(missing_ok=True)
+        return False
 
     def exchange(self) -> dict[str, Any] | None:
         """How ranks exchanged when the run began or was last resumed; None if that is not known."""
         try:
-            return json.loads((self.path / EXCHANGE).read_text(encoding="utf-8"))
+            return read_object(self.path / EXCHANGE, AT_MOST)
         except (OSError, ValueError):
             return None
 
@@ -92,10 +124,11 @@ class RunFolder:
     def ship(self, checkpoint: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256.
 
-        Raises CheckpointError if the checkpoint was altered since it was written.
+        Raises CheckpointError if the checkpoint was altered since it was written, Locked if another job trains here.
         """
+        self.lock.check()
         check(self.checkpoints / checkpoint)
-        temporary = self.path / f".{MODEL}.tmp"
+        temporary = temporary_of(self.path / MODEL)
         shutil.copyfile(self.checkpoints / checkpoint / MODEL, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -105,25 +138,29 @@ class RunFolder:
         (self.path / FAILURE).unlink(missing_ok=True)
         return whole
 
-    def fail(self, rank: int, host: str, where: str, error: BaseException) -> None:
-        """Keep the cause of a failure; a disk too full even for that is not the failure to report."""
-        if not self.opened:
-            return
-        cause = {
-            "time": time.time(), "rank": rank, "host": host, "where": where,
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        try:
-            write_json(self.path / FAILURE, cause)
-        except OSError as second:
-            print(f"({FAILURE} could not be written either: {second})", file=sys.stderr)
+    def stop(self, at: int) -> None:
+        """Note that this job was asked to stop, with step `at` checkpointed. Raises Locked if another job is here."""
+        self.lock.check()
+        write_json(self.path / STOPPED, {"time": time.time(), "step": at})
+
+    def fail(self, rank: int, host: str, step: int, where: str, error: BaseException) -> None:
+        """Keep the cause of a failure, if it is this job's first."""
+        if self.opened:
+            frame = traceback.extract_tb(error.__traceback__)[-1:]
+            if isinstance(error, PeerLost):
+                time.sleep(PEER_S)  # its guard knows why
+            write_failure(
+                self.lock, "raised", rank, host, where, f"{type(error).__name__}: {error}", step=step,
+                call=next((f"{f.filename}:{f.lineno}, {f.name}" for f in frame), ""),
+                final=isinstance(error, ValueError | TrainingFailed) and not isinstance(error.__cause__, OSError),
+                traceback="".join(traceback.format_exception(error)),
+            )
 
 
 def read_data(path: Path) -> dict[str, Any]:
     """What a run kept of its data. Raises RunError if the folder is no run folder."""
     try:
-        return json.loads((path / DATA).read_text(encoding="utf-8"))
+        return checked(read_object(path / DATA, AT_MOST), RunData)
     except (OSError, ValueError) as error:
         raise RunError(f"'{path}' is not a run folder ({DATA}: {error})") from error
 

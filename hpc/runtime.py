@@ -1,18 +1,14 @@
-"""What a rank process is: its device, threads, stop signals, watchdog and log."""
+"""What a rank process is: its device, threads, stop signals and log."""
 
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import importlib.metadata as metadata
 import logging
 import platform
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +16,7 @@ import torch
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): checkpointed, start the same command again to go on
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Device:
@@ -71,7 +67,7 @@ def keep_freed_memory() -> None:
 
 
 class StopFlag:
-    """Raised by SIGTERM, SIGUSR1 (preemption, time limit) or a first Ctrl-C: checkpoint at the next step, then exit."""
+    """Raised by SIGTERM, SIGUSR1, SIGUSR2 (preemption, time limit) or a first Ctrl-C: checkpoint, then exit."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -88,73 +84,11 @@ class StopFlag:
         self.requested = True
 
 
-class Watchdog:
-    """Ends the job when a rank has shown no progress for too long, after printing all its threads' stacks.
-
-    patience  seconds without a beat; 0: never
-    label     who this is, e.g. "rank 3 on node7"
-    """
-
-    def __init__(self, patience: float, label: str, abort: Callable[[int], None]):
-        self.patience, self.label, self.abort = patience, label, abort
-        self.where = "starting"
-        self.lost: Callable[[], str] = lambda: ""  # which rank is gone that this one waits for
-        self.about: Callable[[], str] = lambda: ""  # what more to say when it ends a job: who is waited for
-        self._beaten = time.monotonic()
-        self._rests = False
-        self._closed = threading.Event()
-        if patience:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def beat(self, where: str) -> None:
-        """Progress: `where` is what the rank does now."""
-        self.where, self._beaten = where, time.monotonic()
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """A stretch in which no progress is expected to be shown."""
-        self._rests = True
-        try:
-            yield
-        finally:
-            self._rests, self._beaten = False, time.monotonic()
-
-    def close(self) -> None:
-        self._closed.set()
-        faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.patience / 4)):
-            if self._rests:
-                faulthandler.cancel_dump_traceback_later()
-                continue
-            lost = ""
-            with suppress(Exception):  # not knowing is no reason to stop watching
-                lost = self.lost()
-            if lost:
-                print(f"[{self.label}] {lost} (while {self.where}): ending the job", file=sys.stderr, flush=True)
-                self.abort(1)
-            # Should Python itself be stuck, faulthandler's own thread prints the stacks and ends the process.
-            faulthandler.dump_traceback_later(self.patience + 30.0, exit=True)
-            about = ""
-            if time.monotonic() - self._beaten > self.patience:
-                with suppress(Exception):  # whatever it says or does not, the job ends
-                    about = self.about()
-                print(
-                    f"[{self.label}] no progress for {self.patience:g} s while {self.where}"
-                    f"{f' ({about})' if about else ''}: ending the job; the stacks of this rank's threads:",
-                    file=sys.stderr, flush=True,
-                )
-                faulthandler.dump_traceback(all_threads=True)
-                time.sleep(2.0)  # the other ranks' watchdogs print theirs
-                self.abort(1)
-
-
 def open_log(rank: int, host: str, folder: Path | None) -> logging.Logger:
     """The rank's log: warnings (rank 0: everything) to stderr with the rank in front, everything to its own file."""
     log = logging.getLogger("trireme")
     log.handlers.clear()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.WARNING if rank else logging.INFO)
@@ -162,8 +96,9 @@ def open_log(rank: int, host: str, folder: Path | None) -> logging.Logger:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8"))
+    said = f"%(asctime)s [rank {rank} on {host}] %(message)s"
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank} on {host}] %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(said, "%H:%M:%S" if handler is screen else None))
         log.addHandler(handler)
     return log
 

@@ -213,6 +213,10 @@ class Schedule:
             self.stopped = "epochs"
         return verdict
 
+    def forget_best(self) -> None:
+        """As if there had been no best model yet: its checkpoint is lost."""
+        self.best, self.best_at, self.since_best = math.inf, -1, 0
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as JSON values (infinity as null)."""
         own = {k: getattr(self, k) for k in ("validations", "damping", "best", "best_at", "since_best", "stopped")}

@@ -1,4 +1,4 @@
-"""Data sets on disk: the HDF5 schema, its writer and its reader. The only place that imports h5py.
+"""Data sets on disk: the HDF5 schema, its writer and its reader.
 
 A data set is a folder with `dataset.json` and pairs of shards `features-00000-of-00008.h5` and
 `labels-00000-of-00008.h5`. Each file holds its utterances' `keys [n]` and ragged fields, a field being a group with
@@ -11,17 +11,19 @@ Legend: U utterances, R rows (frames), D values a row.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-SCHEMA = 1
+from hpc.files import sha256_of, temporary_of, write_sealed
+from hpc.hdf5 import WRONG, open_plain, plain_dataset
+from hpc.manifest import DataManifest, read_checked
+
+SCHEMA = 2
 MANIFEST = "dataset.json"
 CHUNK_BYTES = 160 * 1024  # measured: the flat top of run-wise reading speed with fletcher32 on
 FLUSH_BYTES = 8 << 20
@@ -37,26 +39,6 @@ def shard_name(kind: str, index: int, count: int) -> str:
     return f"{kind}-{index:05d}-of-{count:05d}.h5"
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits. Raises OSError if it cannot be read."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file appears whole or not at all (temporary file, fsync, rename)."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class ShardWriter:
     """Writes one shard file; it appears under its name only when it is complete.
 
@@ -69,7 +51,7 @@ class ShardWriter:
     def __init__(self, path: Path, fields: Mapping[str, tuple[tuple[int, ...], Any]]):
         self.path = path
         self.summary: dict[str, Any] = {}
-        self._temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        self._temporary = temporary_of(path)
         self._fields = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in fields.items()}
         self._keys: list[str] = []
         self._seen: set[str] = set()
@@ -129,8 +111,8 @@ class ShardWriter:
                     self._flush(name)
                     starts = np.array(self._starts[name], np.int64)
                     self._file[name].create_dataset("starts", data=starts, fletcher32=True)
-                keys = np.array([k.encode() for k in self._keys], dtype=h5py.string_dtype())
-                self._file.create_dataset("keys", data=keys)
+                keys = np.array([k.encode() for k in self._keys], "S")
+                self._file.create_dataset("keys", data=keys, maxshape=(None,), fletcher32=True)
             self._file.close()
             if kind is None:
                 with open(self._temporary, "rb") as file:
@@ -227,9 +209,9 @@ class Dataset:
             base, end = int(rows[shard]), min(high, int(rows[shard + 1]))
             path = self.folder / self._entry(shard, field)["name"]
             try:
-                values = self._h5(path)[field]["values"]
+                values = self._h5(path)[field]["values"]  # looked at when it was opened
                 values.read_direct(out, np.s_[at - base : end - base], np.s_[at - low : end - low])
-            except (OSError, KeyError, ValueError, TypeError) as error:
+            except WRONG as error:
                 raise DataError(
                     f"shard '{path}': field '{field}' rows {at - base}:{end - base} cannot be read ({error}); "
                     f"{self.remedy}"
@@ -267,20 +249,26 @@ class Dataset:
         self._open.clear()
 
     def _entry(self, shard: int, field: str) -> dict[str, Any]:
-        return next(f for f in self.manifest["shards"][shard]["files"] if field in f["rows"])
+        for entry in self.manifest["shards"][shard]["files"]:
+            if field in entry["rows"]:
+                return entry
+        raise DataError(f"'{self.folder / MANIFEST}': no file of shard {shard} has field '{field}'; {self.remedy}")
 
     def _h5(self, path: Path) -> h5py.File:
         if path not in self._open:
             if len(self._open) >= 32:  # a data set may have thousands of shards, a process not as many open files
                 self._open.pop(next(iter(self._open))).close()
-            self._open[path] = h5py.File(path, "r", locking=False)
+            self._open[path] = open_plain(path)
         return self._open[path]
 
     def _keys(self, entry: dict[str, Any]) -> list[str]:
         path = self.folder / entry["name"]
         try:
-            return [k.decode() for k in self._h5(path)["keys"][:]]
-        except (OSError, KeyError, ValueError) as error:
+            keys = plain_dataset(self._h5(path), "keys", path.stat().st_size)
+            if keys.shape != (entry["utterances"],):
+                raise ValueError(f"keys are {keys.shape}, {MANIFEST} says {entry['utterances']} utterances")
+            return [key.decode() for key in keys[:].tolist()]
+        except WRONG as error:
             raise DataError(f"shard '{path}': keys cannot be read ({error}); {self.remedy}") from error
 
     def _shard_starts(self, shard: int) -> np.ndarray:
@@ -309,9 +297,15 @@ class Dataset:
                 f"(cut short or replaced); {self.remedy}"
             )
         try:
-            group = self._h5(path)[field]
-            starts, rows = group["starts"][:], group["values"].shape[0]
-        except (OSError, KeyError, ValueError) as error:
+            file, size = self._h5(path), path.stat().st_size
+            held, values = plain_dataset(file, f"{field}/starts", size), plain_dataset(file, f"{field}/values", size)
+            about, rows = self.field(field), len(values)
+            if values.dtype != about["dtype"] or values.shape[1:] != ((about["width"],) if "width" in about else ()):
+                raise ValueError(f"values are {values.dtype} {values.shape}, {MANIFEST} describes others")
+            if held.shape != (entry["utterances"] + 1,) or held.dtype != np.int64:
+                raise ValueError(f"starts are {held.dtype} {held.shape}, expected int64 ({entry['utterances'] + 1},)")
+            starts = held[:]
+        except WRONG as error:
             raise DataError(f"shard '{path}': field '{field}' cannot be opened ({error}); {self.remedy}") from error
         if rows != entry["rows"][field] or starts[-1] != rows or len(starts) != entry["utterances"] + 1:
             raise DataError(
@@ -331,33 +325,21 @@ def _joined(starts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A data set's manifest. Raises DataError if it is missing, not JSON, or of another schema version."""
+    """A data set's manifest. Raises DataError if it is missing, altered, of another schema, or no manifest at all."""
     path = folder / MANIFEST
     if not path.is_file():
         hint = [p.parent.name for p in folder.glob(f"*/{MANIFEST}")] if folder.is_dir() else []
         more = f"; it holds the data sets {sorted(hint)}" if hint else ""
         raise DataError(f"'{folder}' is not a data set: no {MANIFEST} in it{more}; make one with 'trireme prepare'")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, shards = manifest["schema"], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"'{path}' is not a data set manifest ({error!r}); {REMEDY}") from error
-    if version != SCHEMA:
-        raise DataError(f"'{path}' has schema {version}, expected {SCHEMA}; run 'trireme prepare' again")
-    if not shards:
+        manifest = read_checked(path, DataManifest)
+    except ValueError as error:
+        raise DataError(f"'{path}' is not a data set manifest ({error}); {REMEDY}") from error
+    if not manifest["shards"]:
         raise DataError(f"'{path}' lists no shards; {REMEDY}")
     return manifest
 
 
-def hdf5_version() -> str:
-    """HDF5's and h5py's versions, one line. Raises DataError if this HDF5 was built without fletcher32 checksums."""
-    text = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
-    if not h5py.h5z.filter_avail(h5py.h5z.FILTER_FLETCHER32):
-        raise DataError(f"{text} has no fletcher32 filter, which every shard needs; install h5py from PyPI")
-    return text
-
-
-def plain_reader(path: Path, field: str) -> Callable[[int, int], np.ndarray]:
-    """h5py's own `values[low:high]` of one shard file, nothing around it: the limit that benchmarks set beside ours."""
-    values = h5py.File(path, "r", locking=False)[field]["values"]
-    return lambda low, high: values[low:high]
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a data set's manifest, sealed, last of its files: from then on it is one."""
+    write_sealed(folder / MANIFEST, {**manifest, "schema": SCHEMA})

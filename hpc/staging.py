@@ -8,7 +8,8 @@ import socket
 from pathlib import Path
 
 from collectives.comm import Comm
-from hpc.shards import MANIFEST, REMEDY, DataError, read_manifest, sha256_of
+from hpc.files import sha256_of
+from hpc.shards import MANIFEST, REMEDY, DataError, read_manifest
 
 
 def stage(source: Path, target: str, comm: Comm) -> Path:

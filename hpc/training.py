@@ -15,9 +15,11 @@ from collectives.strategy import TrainingFailed
 from hpc.build import Carries, finished_model, make_job, make_policy, registry
 from hpc.checkpoint import step_name
 from hpc.config import Recipe, load, options
+from hpc.pulse import Pulse
 from hpc.quantities import bytes_sent, counted, said_of_bytes
 from hpc.run import MODEL, SUCCESS, RunFolder
-from hpc.runtime import PREEMPTED, Device, StopFlag, Watchdog, open_log, versions
+from hpc.runtime import PREEMPTED, Device, StopFlag, open_log, versions
+from hpc.summary import cause_of
 from hpc.train import Job, train
 
 EXAMPLES = """examples:
@@ -26,8 +28,9 @@ EXAMPLES = """examples:
   mpiexec -n 4 python -m mpi4py -m hpc train my.toml optim.learning_rate=0.05 splits=8 run=runs/faster
 
 The same command started again goes on from the last checkpoint, with any number of ranks that divides 'splits', and
-learns exactly what it would have learned without the interruption. SIGTERM, SIGUSR1 or Ctrl-C: checkpoint at the next
-step and exit with code 75; where splits train by blocks, at the block's end or after strategy.turn_steps minibatches.
+learns exactly what it would have learned without the interruption. SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: checkpoint at
+the next step and exit with code 75; where splits train by blocks, at the block's end or after strategy.turn_steps
+minibatches.
 """
 
 
@@ -61,9 +64,9 @@ def run_recipe(recipe: Recipe, comm: Comm) -> int:
     stop = StopFlag().listen()
     open_log(comm.rank, comm.host, None)
     device = Device(recipe.device, recipe.precision, comm.local_rank, recipe.threads)
-    watchdog = Watchdog(recipe.log.watchdog, f"rank {comm.rank} on {comm.host}", comm.abort)
+    pulse = Pulse(recipe.log.watchdog)
     try:
-        made = make_job(recipe, comm, device, folder, watchdog, stop)
+        made = make_job(recipe, comm, device, folder, pulse, stop)
         if made is None:
             comm.on_root(lambda: print(f"{folder.path} is finished ({SUCCESS} is there); nothing to do"))
             return 0
@@ -75,12 +78,13 @@ def run_recipe(recipe: Recipe, comm: Comm) -> int:
     except RootFailed:  # the rank that raised keeps the cause
         raise
     except Exception as error:
-        where = f"while {watchdog.where}"
-        error.add_note(where)
-        folder.fail(comm.rank, comm.host, where, error)
+        where = f"while {pulse.where}"
+        if pulse.step:
+            error.add_note(f"{where} after step {pulse.step}")
+        folder.fail(comm.rank, comm.host, pulse.step, where, error)
         raise
     finally:
-        watchdog.close()
+        pulse.close()
 
 
 def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolder) -> int:
@@ -93,6 +97,7 @@ def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolde
         validation_frames=job.validation_frames,
         batch=recipe.data.batch, steps_per_epoch=job.batches.per_epoch, device=str(job.device.torch),
         threads=recipe.threads, precision=recipe.precision, versions=versions(),
+        last_failure=folder.last_failure,
     )
     log = logging.getLogger("trireme")
     log.info(
@@ -100,6 +105,8 @@ def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolde
         folder.path, f"{job.saver.flat.count:,}", f"{train_frames:,}", job.task.noun, counted(comm.size, "rank"),
         ", ".join(hosts), counted(comm.n_splits, "split"), at, job.schedule.steps,
     )
+    if folder.last_failure:
+        log.info("the job before this one failed: %s", cause_of(folder.last_failure))
     finished = train(job, at, carries)
     job.batches.close()
     comm.barrier()
@@ -117,6 +124,7 @@ def _train(recipe: Recipe, job: Job, at: int, carries: Carries, folder: RunFolde
         end = comm.on_root(lambda: folder.ship(job.saver.best or step_name(job.meter.at), end))
     journal.write("end", **end)
     if not finished:
+        comm.on_root(lambda: folder.stop(job.meter.at))
         log.info("asked to stop: checkpointed at step %d; start the same command to go on", job.meter.at)
         return PREEMPTED
     comm.on_root(lambda: print(f"model: {Path(folder.path, MODEL)}  sha256 {end['sha256'][:16]}"))

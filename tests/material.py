@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hpc.shards import MANIFEST, ShardWriter, shard_name, write_json
+from hpc import shards
+from hpc.shards import ShardWriter, read_manifest, shard_name
 
 WIDTH, CLASSES = 6, 5
 
@@ -44,8 +48,8 @@ def write_frames(folder: Path, *, utterances: int = 60, shards: int = 3, seed: i
 
 
 def write_manifest(folder, entries, mean, deviation, counts, utterances) -> None:
-    write_json(folder / MANIFEST, {
-        "schema": 1, "kind": "frames", "utterances": utterances, "frames": int(counts.sum()), "shards": entries,
+    shards.write_manifest(folder, {
+        "kind": "frames", "utterances": utterances, "frames": int(counts.sum()), "shards": entries,
         "fields": {
             "features": {"dtype": "float32", "width": len(mean), "mean": mean.tolist(), "std": deviation.tolist()},
             "labels": {
@@ -54,6 +58,14 @@ def write_manifest(folder, entries, mean, deviation, counts, utterances) -> None
             },
         },
     })
+
+
+@contextmanager
+def edited_manifest(folder: Path) -> Iterator[dict[str, Any]]:
+    """A data set's manifest to be changed, and then sealed as if it had been written so."""
+    manifest = read_manifest(folder)
+    yield manifest
+    shards.write_manifest(folder, manifest)
 
 
 RECIPE = """

@@ -11,11 +11,12 @@ import time
 
 import numpy as np
 import pytest
-from material import write_frames, write_recipe
+from material import edited_manifest, write_frames, write_recipe
 from test_training import ranks_below, wait_for_step
 
-from hpc.checkpoint import CheckpointError, check, newest
-from hpc.shards import MANIFEST, ShardWriter
+from hpc.checkpoint import CheckpointError, best_of, check, newest
+from hpc.records import read_records
+from hpc.shards import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,8 @@ def test_without_the_first_check_the_rank_that_meets_the_damage_ends_the_job(tri
 def test_labels_out_of_range_name_the_utterance(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
     for name in ("train", "validation"):
-        path = tmp_path / name / MANIFEST
-        manifest = json.loads(path.read_text())
-        manifest["fields"]["labels"] |= {"classes": 4, "names": ["a", "b", "c", "d"]}
-        path.write_text(json.dumps(manifest))
+        with edited_manifest(tmp_path / name) as manifest:
+            manifest["fields"]["labels"] |= {"classes": 4, "names": ["a", "b", "c", "d"]}
     began = time.monotonic()
     done = fails(trireme, tmp_path, recipe, "has label 4", "classes 0 to 3", "utterance 'utterance-0", "[rank", ranks=2)
     assert time.monotonic() - began < 60
@@ -141,8 +140,45 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_it_used(trireme, tmp_pa
         (last / name).write_bytes(content)
     (last / "manifest.json").unlink()
     done = trireme("train", recipe)
-    assert last.name in done.stderr and "using the one before it" in done.stderr
+    assert last.name in done.stderr and "going on from another one" in done.stderr
     assert done.stdout.split()[-1] == reference
+
+
+def test_a_damaged_best_checkpoint_is_noticed_when_a_job_goes_on(trireme, tmp_path):
+    """Not when training is done, and its model cannot ship."""
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    often = ("checkpoint.every=480", "checkpoint.keep=50")
+    reference = trireme("train", recipe, *often).stdout.split()[-1]
+    checkpoints = run / "checkpoints"
+    bests = sorted({best_of(path) for path in checkpoints.glob("step-*")} - {None})
+    assert len(bests) > 2
+    for path in checkpoints.glob("step-*"):  # amid an epoch, the best is that of the epoch before
+        if path.name > bests[-1] or best_of(path) == bests[-1]:
+            shutil.rmtree(path)
+    (run / "success").unlink()
+    assert newest(checkpoints).path.name > newest(checkpoints).best == bests[-2]
+    damage(checkpoints / bests[-2] / "model.safetensors")
+    found = newest(checkpoints)
+    assert found.path.name < bests[-2] and found.best == bests[-3] and not found.lost
+    kept = shutil.copytree(run, tmp_path / "kept")
+    done = trireme("train", recipe, *often)
+    assert "the best model so far of checkpoint 'step" in done.stderr and done.stdout.split()[-1] == reference
+    shutil.rmtree(run)
+    kept.rename(run)
+    for name in bests[:-2]:
+        damage(checkpoints / name / "model.safetensors")
+    for path in checkpoints.glob("step-*"):  # before the first validation there is no best one, and nothing is lost
+        if best_of(path) is None:
+            shutil.rmtree(path)
+    assert newest(checkpoints).lost
+    done = trireme("train", recipe, *often)
+    assert "the best model so far is lost" in done.stderr and (run / "success").exists()
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -166,7 +202,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(trireme, small_disk, tmp_path):
     assert done.returncode != 0, done.stderr
     assert "could not be written" in done.stderr and "No space left" in done.stderr, done.stderr
     assert not (run / "success").exists() and not list((run / "checkpoints").glob(".step*"))
-    found, complaints = newest(run / "checkpoints")
+    found, complaints, *_ = newest(run / "checkpoints")
     assert found is not None and not complaints
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert trireme("train", recipe, f"run={run}", *wide, ranks=4).stdout.split()[-1] == reference
@@ -179,16 +215,27 @@ def test_a_rank_that_hangs_is_broken_by_the_watchdog_with_stacks(start, tmp_path
     os.kill(max(ranks_below(process.pid)), signal.SIGSTOP)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "no progress for 4 s" in errors and "[rank 0" in errors and "train.py" in errors, errors
+    assert "no progress for 4 s" in errors and "is stopped" in errors, errors
+    assert all(f"[rank {rank} on" in errors for rank in (0, 1)) and errors.count("hpc/train.py") >= 2, errors
+    failure = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (failure["kind"], failure["rank"]) == ("hang", 1) and "while in phase" in failure["where"]
 
 
-def test_a_killed_rank_ends_the_job(start, tmp_path):
+def test_a_killed_rank_ends_the_job_and_the_next_one_keeps_why(start, tmp_path):
     recipe = write_recipe(tmp_path)
     process = start("train", recipe, "schedule.epochs=10000", ranks=2)
     wait_for_step(tmp_path / "run", 20, process)
     os.kill(max(ranks_below(process.pid)), signal.SIGKILL)
-    process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and not (tmp_path / "run/success").exists()
+    failure = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (failure["kind"], failure["rank"]) == ("gone", 1) and "gone without a word" in errors
+    reached = read_records(tmp_path / "run")[-1].get("step", 0)
+    process = start("train", recipe, "schedule.epochs=10000", ranks=2)
+    wait_for_step(tmp_path / "run", reached + 20, process)
+    told = [record["last_failure"] for record in read_records(tmp_path / "run") if record["event"] == "start"]
+    assert told[0] is None and (told[1]["rank"], told[1]["kind"]) == (1, "gone")
+    assert not (tmp_path / "run/failure.json").exists()
 
 
 def test_a_launcher_that_does_not_fit_the_library_is_caught(trireme, tmp_path):

@@ -14,11 +14,12 @@ from test_sentences import RECIPE, write_sentences
 
 from collectives.comm import Comm
 from hpc.__main__ import COMMANDS, build_parser
+from hpc.files import sha256_of
 from hpc.folds import find_folds, seconds_an_epoch
 from hpc.prepare.sentences import prepare_sentences
 from hpc.run import RunError
 from hpc.runtime import STOP_SIGNALS
-from hpc.shards import DataError, sha256_of
+from hpc.shards import DataError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ALLOWED = {
 }
 ROOMS = {
     "mpi4py": {"collectives/comm.py", "hpc/doctor.py", "hpc/bench_reducer.py"},
-    "h5py": {"hpc/shards.py"},
+    "h5py": {"hpc/hdf5.py", "hpc/shards.py"},
     "cupy": {"kernels/gpu.py"},
     "submitit": {"jobs/submit.py"},
 }

@@ -9,7 +9,7 @@ import sys
 import pytest
 from material import write_recipe
 
-from hpc.shards import sha256_of
+from hpc.files import sha256_of
 
 QUICK = ["schedule.epochs=1", "schedule.min_epochs=1"]
 LAYOUTS = {4: ([2, 2], [2, 1, 1]), 12: ([1, 1, 1],)}

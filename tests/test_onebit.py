@@ -20,8 +20,8 @@ from collectives.onebit import RESIDUAL, OneBitSGD
 from collectives.packed import Float32, OneBit, cut_parts
 from collectives.strategy import Rate, TrainingFailed
 from hpc import optim
+from hpc.files import sha256_of
 from hpc.flat import Flat
-from hpc.shards import sha256_of
 from kernels.onebit import Columns
 
 several = pytest.mark.mpi(ranks=[1, 2, 4], timeout=120)

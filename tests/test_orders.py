@@ -10,7 +10,7 @@ from material import write_frames
 from hpc.batches import Batches, make_order
 from hpc.evaluate import STRETCH, batches_of, pieces_of
 from hpc.pieces import read_sequences
-from hpc.shards import MANIFEST, DataError, Dataset, ShardWriter, shard_name, write_json
+from hpc.shards import DataError, Dataset, ShardWriter, shard_name, write_manifest
 from models.frames import Frames
 
 
@@ -41,8 +41,8 @@ def write_words(folder, lengths, shards=2):
                 writer.append(f"stretch-{number}", {"words": np.arange(at, at + lengths[number])})
                 at += lengths[number]
         entries.append({"files": [writer.summary]})
-    fields = {"words": {"dtype": "int32", "classes": at}}
-    write_json(folder / MANIFEST, {"schema": 1, "kind": "text", "fields": fields, "shards": entries})
+    fields = {"words": {"dtype": "int32", "classes": at, "names": [str(i) for i in range(at)]}}
+    write_manifest(folder, {"kind": "text", "fields": fields, "shards": entries})
     return folder
 
 

@@ -77,7 +77,7 @@ def test_the_manifest_says_what_the_format_asks(comm, tmp_path):
     features = np.concatenate([add_deltas(f, 1) for k, (f, _) in made.items() if k not in held]).astype(np.float64)
     labels = np.concatenate([v for k, (_, v) in made.items() if k not in held])
     field = train["fields"]["features"]
-    assert (train["schema"], train["kind"], field["dtype"], field["width"]) == (1, "frames", "float32", 6)
+    assert (train["schema"], train["kind"], field["dtype"], field["width"]) == (2, "frames", "float32", 6)
     np.testing.assert_allclose(field["mean"], features.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(field["std"], features.std(axis=0), rtol=1e-9)
     assert validation["fields"]["features"] == field  # the training set's, in both

@@ -67,7 +67,7 @@ def test_the_data_set_holds_the_text_in_its_order(comm, tmp_path, short_runs):
     assert words == [word for line in lines for word in [*line, "<eos>"]]
     manifest = read_manifest(tmp_path / "out/train")
     assert len(manifest["shards"]) == 8 and manifest["utterances"] == len(keys) > 8
-    assert (manifest["schema"], manifest["kind"], manifest["frames"]) == (1, "text", len(words))
+    assert (manifest["schema"], manifest["kind"], manifest["frames"]) == (2, "text", len(words))
     assert manifest["sentences"] == 63 and report["sets"][0]["sentences"] == 63
     about, counts = manifest["fields"]["words"], Counter(words)
     assert about["counts"] == [counts[word] for word in about["names"]] == sorted(about["counts"], reverse=True)

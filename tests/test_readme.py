@@ -18,13 +18,14 @@ COMMANDS = [line for line in LINES if re.match(r"(mpiexec|srun|trireme) ", line)
 
 
 def words_of(line):
-    words = shlex.split(line)
+    words = shlex.split(line.partition(" > ")[0])
     return words[1:] if words[0] == "trireme" else words[words.index("hpc") + 1 :]
 
 
 def test_there_are_commands():
     assert {words_of(c)[0] for c in COMMANDS} >= {
-        "train", "prepare", "evaluate", "predict", "report", "compare", "doctor",
+        "train", "prepare", "evaluate", "predict", "report", "compare", "doctor", "launch", "submit",
+        "sbatch", "jobs", "logs",
     }
 
 

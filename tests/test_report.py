@@ -326,9 +326,9 @@ def test_the_cause_is_found_where_training_leaves_it(tmp_path):
     log = Log(tmp_path / "run").start()
     folder = RunFolder(log.path)
     folder.opened = True
-    folder.fail(1, "node1", "in phase 'read' after step 3", ValueError("shard is torn"))
+    folder.fail(1, "node1", 3, "while in phase 'read'", ValueError("shard is torn"))
     text = page_of(log.path).text
-    assert "ValueError: shard is torn (rank 1, host node1, in phase 'read' after step 3)" in text
+    assert "ValueError: shard is torn (rank 1, host node1, step 3, while in phase 'read')" in text
 
 
 @pytest.mark.parametrize("text", ['{"cause": "torn', "", '"just words"'])

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from material import write_frames, write_recipe
+from material import edited_manifest, write_frames, write_recipe
 
 from hpc.records import read_records
 from hpc.run import RunError, compare_fields
-from hpc.shards import MANIFEST
 
 
 def test_a_recipe_that_failed_before_learning_anything_can_be_corrected(trireme, tmp_path):
@@ -83,11 +82,10 @@ def test_a_torn_newest_checkpoint_and_keep_1_do_not_eat_each_other(trireme, tmp_
 
 def test_data_of_another_making_is_refused(trireme, tmp_path):
     trireme("train", write_recipe(tmp_path))
-    for key, value in (("names", list("edcba")), ("classes", 9)):
+    for key, changes in (("names", {"names": list("edcba")}), ("classes", {"classes": 6, "names": list("abcdef")})):
         folder = write_frames(tmp_path / f"other-{key}", seed=4)
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["fields"]["labels"][key] = value
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with edited_manifest(folder) as manifest:
+            manifest["fields"]["labels"] |= changes
         for command in (("evaluate",), ("predict", "--to", "ark")):
             done = trireme(command[0], tmp_path / "run", folder, *command[1:], ranks=2, code=1)
             assert f"another {key} than the training data" in done.stderr and "--stats-from" in done.stderr

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional
 
 from collectives.comm import Comm
+from hpc.files import sha256_of
 from hpc.pieces import read_for
 from hpc.prepare.sentences import prepare_sentences
 from hpc.records import read_records
-from hpc.shards import Dataset, sha256_of
+from hpc.shards import Dataset
 from models.layers.wide_cnn import WideCNN
 from models.sentences import Sentences
 

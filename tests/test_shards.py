@@ -1,15 +1,14 @@
 """Shards: what is written is what is read, and whatever is damaged is named, not trained on."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from material import write_frames
+from material import edited_manifest, write_frames
 
-from hpc.shards import MANIFEST, DataError, Dataset, ShardWriter, shard_name
+from hpc.shards import MANIFEST, DataError, Dataset, ShardWriter, shard_name, write_manifest
 
 FIELDS = {"features": ((3,), np.float32)}
 
@@ -44,9 +43,7 @@ def test_ragged_rows_come_back_as_they_were_written(tmp_path_factory, lengths, w
         for key, values in given.items():
             writer.append(key, {"features": values})
     about = {"dtype": "float32", "width": width}
-    (path.parent / MANIFEST).write_text(
-        json.dumps({"schema": 1, "shards": [{"files": [writer.summary]}], "fields": {"features": about}})
-    )
+    write_manifest(path.parent, {"shards": [{"files": [writer.summary]}], "fields": {"features": about}})
     data = Dataset(path.parent, ["features"])
     data.verify(0)
     assert data.keys() == list(given) and [data.key(i) for i in range(data.utterances)] == list(given)
@@ -103,9 +100,8 @@ def test_every_flipped_bit_is_found(folder):
 
 
 def test_a_manifest_that_disagrees(folder):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["shards"][0]["files"][0]["rows"]["features"] += 1
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with edited_manifest(folder) as manifest:
+        manifest["shards"][0]["files"][0]["rows"]["features"] += 1
     with pytest.raises(DataError, match=r"rows and .* utterances, dataset.json says"):
         Dataset(folder)
 
@@ -122,9 +118,8 @@ def replace_labels(folder, change):
         for i, key in enumerate(keys):
             key, values = change(i, key, labels[starts[i] : starts[i + 1]])
             writer.append(key, {"labels": values})
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["shards"][0]["files"][1] = writer.summary
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with edited_manifest(folder) as manifest:
+        manifest["shards"][0]["files"][1] = writer.summary
 
 
 def test_counts_that_differ_between_features_and_labels(folder):
@@ -147,8 +142,10 @@ def test_realigned_labels_need_no_new_features(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a data set manifest"), ('{"schema": 9, "shards": [1]}', "schema 9"),
-        ('{"schema": 1, "shards": []}', "no shards"),
+        ("{", "not a data set manifest"), ('{"schema": 1, "shards": [], "fields": {}}', "schema: Input should be 2"),
+        ('{"schema": 2, "shards": [], "fields": {}}', "no \"seal\""), ("[" * 100_000, "nested too deeply"),
+        ('{"schema": 2, "shards": [], "fields": {}, "seal": "00"}', "was altered"),
+        ('{"schema": 2, "shards": [1], "fields": {}}', "shards.0"),
     ],
 )
 def test_a_broken_manifest(tmp_path, text, message):

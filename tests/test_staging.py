@@ -8,7 +8,8 @@ import pytest
 from material import write_frames
 
 from collectives.comm import Comm, RootFailed
-from hpc.shards import MANIFEST, DataError, Dataset, read_manifest, sha256_of
+from hpc.files import sha256_of
+from hpc.shards import MANIFEST, DataError, Dataset, read_manifest
 from hpc.staging import copy_dataset, stage, staged_name
 
 two_ranks = pytest.mark.mpi(ranks=[2], timeout=60)

@@ -23,8 +23,8 @@ from PIL import Image
 from rich.console import Console
 from test_training import ranks_below, wait_for_step
 
+from hpc.files import sha256_of
 from hpc.records import read_records
-from hpc.shards import sha256_of
 from hpc.spans import SPANS_AT_MOST, Spans, clock_offset, offset_bounds
 from hpc.summary import read_run, summarize
 from hpc.trace import chrome, percents, show, trace

@@ -7,13 +7,15 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from material import RECIPE, shared_data, write_recipe
 from safetensors import safe_open
 
+from hpc.files import sha256_of
 from hpc.records import read_records
-from hpc.shards import sha256_of
 
 
 def wait_for_step(run, step, process, seconds=60.0):
@@ -123,13 +125,21 @@ def ranks_below(pid):
         below = children.get(waiting.pop(), [])
         found += below
         waiting += below
-    return found
+    return [pid for pid in found if not is_guard(pid)]
+
+
+def is_guard(pid):
+    try:
+        return b"hpc.guard" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def kill(process):
     """SIGKILL to the launcher and to every rank."""
     for pid in (*ranks_below(process.pid), process.pid):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

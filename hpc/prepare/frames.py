@@ -22,7 +22,7 @@ from hpc.prepare.holdout import Holdout, runs, shuffled
 from hpc.prepare.options import check_set
 from hpc.prepare.pairs import Form, Source, build_pair
 from hpc.prepare.rounds import Advance, build_in_rounds
-from hpc.shards import MANIFEST, DataError, read_manifest, write_json
+from hpc.shards import DataError, read_manifest, write_manifest
 
 
 def prepare_frames(
@@ -161,7 +161,7 @@ def _finish(
         names = [str(i) for i in range(len(manifests.class_counts([r for part in records.values() for r in part])))]
     for name in reversed(folders):
         manifest = manifests.frames_manifest(records[name], mean, std, names, description, prepared)
-        write_json(folders[name] / MANIFEST, manifest)
+        write_manifest(folders[name], manifest)
     journal.close(list(folders.values()))
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc.shards import MANIFEST, DataError, Dataset, read_manifest, sha256_of, write_json
+from hpc.files import sha256_of, write_json
+from hpc.shards import MANIFEST, DataError, Dataset, read_manifest
 
 PLAN = "preparing.json"
 OURS = re.compile(r"dataset\.json|preparing\.json|done-\d+-of-\d+\.json|(features|labels)-\d+-of-\d+\.h5|\..+\.tmp\d+")

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hpc.files import sha256_of
 from hpc.prepare.arks import read_entry, read_scp, stamps
 from hpc.prepare.labels import LabelFiles, check_lengths, some
-from hpc.shards import DataError, sha256_of
+from hpc.shards import DataError
 
 ADVICE = (
     "use the features that the alignment was made from (a chain model with frame subsampling 3 gives a label only "

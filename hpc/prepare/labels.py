@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hpc.files import sha256_of
 from hpc.prepare.arks import index_ark, is_binary_ark, read_entry, read_scp, stamps
-from hpc.shards import DataError, sha256_of
+from hpc.shards import DataError
 
 
 class LabelFiles:

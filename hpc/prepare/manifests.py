@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc.shards import MANIFEST, SCHEMA, DataError, read_manifest, sha256_of
+from hpc.files import sha256_of
+from hpc.shards import MANIFEST, DataError, read_manifest
 
 FLOOR = 1e-5  # of the mean's size, or of 1: a constant value's standard deviation, lest it divides by 0
 
@@ -73,7 +74,6 @@ def frames_manifest(
     """
     counts = class_counts(records)
     return {
-        "schema": SCHEMA,
         "kind": "frames",
         "fields": {
             "features": {

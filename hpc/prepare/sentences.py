@@ -19,6 +19,7 @@ import numpy as np
 
 from collectives.comm import Comm
 from hpc.everywhere import made_everywhere
+from hpc.files import sha256_of
 from hpc.prepare import journal
 from hpc.prepare.holdout import runs
 from hpc.prepare.rounds import Advance, build_in_rounds
@@ -36,7 +37,7 @@ from hpc.prepare.sentence_plan import Plan
 from hpc.prepare.sentences_options import add_arguments as add_arguments
 from hpc.prepare.sentences_options import choices_of, show
 from hpc.prepare.vocabulary import Vocabulary
-from hpc.shards import MANIFEST, SCHEMA, ShardWriter, read_manifest, sha256_of, shard_name, write_json
+from hpc.shards import ShardWriter, read_manifest, shard_name, write_manifest
 from models.word_vectors import read_vectors
 
 
@@ -191,8 +192,7 @@ def _finish(
         known = words[_fold_of(name)]
         counts = {what: [sum(c) for c in zip(*(r[what] for r in records[name]), strict=True)] for what in (
             "words", "labels")}
-        write_json(folders[name] / MANIFEST, {
-            "schema": SCHEMA,
+        write_manifest(folders[name], {
             "kind": "sentences",
             "fields": {
                 "words": {

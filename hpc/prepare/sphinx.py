@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from hpc.files import sha256_of
 from hpc.prepare.journal import stamp
 from hpc.prepare.labels import LabelFiles, check_lengths, read_keys, some
-from hpc.shards import DataError, sha256_of
+from hpc.shards import DataError
 
 DROPPED = "last frames dropped"
 

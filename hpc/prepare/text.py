@@ -29,7 +29,7 @@ from hpc.prepare.text_options import checked, choice_of, files_of, show
 from hpc.prepare.texts import Lines, Texts, find_texts, names_of, scan_texts
 from hpc.prepare.vocabulary import Choice, Vocabulary, lower_of
 from hpc.quantities import counted
-from hpc.shards import MANIFEST, SCHEMA, DataError, ShardWriter, read_manifest, shard_name, write_json
+from hpc.shards import DataError, ShardWriter, read_manifest, shard_name, write_manifest
 
 Cut = dict[str, list[list[str]]]  # set -> its shards' utterances, the training set first
 
@@ -221,7 +221,7 @@ def _finish(
         if not manifest["frames"]:
             raise DataError(f"set '{name}' has no words, only empty lines; give text with words")
     for name in reversed(folders):
-        write_json(folders[name] / MANIFEST, made[name])
+        write_manifest(folders[name], made[name])
     journal.close(list(folders.values()))
 
 
@@ -236,7 +236,6 @@ def text_manifest(
     prepared     the options it was prepared with
     """
     return {
-        "schema": SCHEMA,
         "kind": "text",
         "fields": {
             "words": {

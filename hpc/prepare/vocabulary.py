@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.files import sha256_of
 from hpc.prepare.texts import checked_encoding
-from hpc.shards import MANIFEST, DataError, read_manifest, sha256_of
+from hpc.shards import MANIFEST, DataError, read_manifest
 
 LEAST = 3  # words of a vocabulary: an unknown one, a sentence's end, and one to tell them from
 
