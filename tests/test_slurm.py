@@ -109,9 +109,9 @@ def test_preempted_jobs_go_on_and_end_with_the_same_bytes(slurm, material, tmp_p
 
 
 def test_jobs_out_of_time_go_on(slurm, material, tmp_path):
-    """They are told after 20 s, or half a minute later: Slurm looks that often."""
+    """They are told after 15 s, or half a minute later: Slurm looks that often."""
     recipe, digest = material
-    for run, job in all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "40", "schedule.epochs=250").values():
+    for run, job in all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "15", "schedule.epochs=250").values():
         check(slurm, job, run, digest, attempts=None)
 
 
