@@ -76,7 +76,7 @@ def under_way(run, attempts=1, seconds=60):
 
 def check(slurm, job, run, digest, attempts=2, failures=0):
     """The job is done, with the undisturbed run's model, in so many attempts (None: some), so many after a failure."""
-    assert slurm.wait(job, seconds=400) == "COMPLETED", [p.read_text() for p in (run / "logs").glob("*.log")]
+    assert slurm.wait(job, seconds=600) == "COMPLETED", [p.read_text() for p in (run / "logs").glob("*.log")]
     assert sha256_of(run / "model.safetensors") == digest
     starts = [attempt[0] for attempt in read_attempts(run)]
     assert len(starts) == attempts if attempts else len(starts) > 1, starts
@@ -111,7 +111,7 @@ def test_preempted_jobs_go_on_and_end_with_the_same_bytes(slurm, material, tmp_p
 def test_jobs_out_of_time_go_on(slurm, material, tmp_path):
     """They are told after 15 s, or half a minute later: Slurm looks that often."""
     recipe, digest = material
-    for run, job in all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "15", "schedule.epochs=250").values():
+    for run, job in all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "15", "schedule.epochs=80").values():
         check(slurm, job, run, digest, attempts=None)
 
 
