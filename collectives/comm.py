@@ -25,46 +25,17 @@ import torch
 from mpi4py import MPI
 
 from collectives.aware import cuda_aware
+from collectives.errors import PeerLost, RootFailed, everywhere, is_refusal
 from collectives.launch import LaunchError, check_dealing, check_world_size
 from collectives.memory import Memory
 from collectives.message import Message, Straight, gather_records
 from collectives.transport import CPU_WHY, Transport, choose_transport, look_around
 
-__all__ = ["Comm", "LaunchError", "Message", "PeerLost", "RootFailed", "check_dealing", "everywhere"]
+__all__ = ["Comm", "LaunchError", "Message", "PeerLost", "RootFailed", "check_dealing", "everywhere", "is_refusal"]
 
 FINISH_S = 300.0  # how long ranks may wait for each other at their end
 ABORT_S = 3.0  # how long an abort may take
 _NOTHING = np.empty(0, np.uint8)
-
-
-class RootFailed(RuntimeError):
-    """Another rank raised inside `on_root` or `each`; it reports the cause itself, this one only stops.
-
-    refused  whether the cause is something that was asked for wrongly (ValueError)
-    """
-
-    raised_everywhere = True
-
-    def __init__(self, text: str, refused: bool = False):
-        super().__init__(text)
-        self.refused = refused
-
-
-class PeerLost(RuntimeError):
-    """A rank that this one waits for is gone; the message names it, and what it was waited for."""
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the same would be raised again: something that was asked for wrongly, and not what a disk or link did."""
-    if isinstance(error, RootFailed):
-        return error.refused
-    return isinstance(error, ValueError | LaunchError) and not isinstance(error.__cause__, OSError)
-
-
-def everywhere(error: BaseException) -> BaseException:
-    """Mark an error as raised on all ranks at once: nobody waits, so the job can end without an abort."""
-    error.raised_everywhere = True  # type: ignore[attr-defined]
-    return error
 
 
 def mpi_library() -> str:
