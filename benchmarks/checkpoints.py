@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--frames-per-s", type=float, default=1500.0, help="about what this machine does")
+    parser.add_argument("--frames-per-s", type=float, default=700.0, help="about what this machine does")
     parser.add_argument("--out", type=Path, help="append the lines here, too")
     arguments = parser.parse_args()
     with scratch() as folder:
