@@ -8,6 +8,7 @@ GPUs, whatever `on` finds out (`transport.py`). Small records travel as JSON, so
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import socket
@@ -358,6 +359,7 @@ class Comm:
         last = self._in_the_end(FINISH_S, code)
         MPI.Finalize()
         last.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
     def abort(self, code: int) -> None:
         """End every rank of the job now, with this exit code; a rank alone has nobody to end."""
@@ -370,7 +372,8 @@ class Comm:
         MPI.COMM_WORLD.Abort(code)
 
     def _in_the_end(self, seconds: float, code: int) -> threading.Timer:
-        """This process ends after so long, unless that is cancelled."""
+        """This process ends after so long, unless that is cancelled; also amid a call that holds Python's lock."""
+        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=2)
         last = threading.Timer(seconds, os._exit, (code,))
         last.daemon = True
         last.start()

@@ -37,5 +37,5 @@ def check_dealing(n_splits: int, ranks: int) -> None:
         fitting = [k for k in range(1, n_splits + 1) if n_splits % k == 0]
         raise ValueError(
             f"splits = {n_splits} cannot be dealt evenly to {ranks} ranks; start one of {fitting} ranks, or set "
-            f"'splits' to a multiple of {ranks}"
+            f"'splits' to a multiple of {ranks} (what is learned depends on it)"
         )

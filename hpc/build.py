@@ -122,16 +122,16 @@ def make_policy(recipe: Recipe) -> Any:
     return chosen(recipe.optim.learning_rate, **options(recipe.schedule))
 
 
-def open_data(recipe: Recipe, comm: Comm, task: Task) -> list[Dataset]:
+def open_data(recipe: Recipe, comm: Comm, task: Task, pulse: Pulse) -> list[Dataset]:
     """The training set and, if the recipe has one, the validation set: staged, opened and verified (collective)."""
     opened: list[Dataset] = []
     for folder in map(Path, filter(None, (recipe.data.train, recipe.data.validation))):
-        place = stage(folder, recipe.data.stage, comm) if recipe.data.stage else folder
+        place = stage(folder, recipe.data.stage, comm, pulse) if recipe.data.stage else folder
         remedy = f"it is a staged copy: remove the folder '{place}' and start again" if recipe.data.stage else REMEDY
         comm.each(partial(_open, opened, place, task, remedy))
     if recipe.data.verify:
         for dataset in opened:
-            comm.each(partial(_verify, dataset, comm))
+            comm.each(partial(_verify, dataset, comm, pulse))
     return opened
 
 
@@ -139,9 +139,11 @@ def _open(opened: list[Dataset], place: Path, task: Task, remedy: str) -> None:
     opened.append(Dataset(place, task.fields, task.targets, remedy))
 
 
-def _verify(dataset: Dataset, comm: Comm) -> None:
-    for shard in comm.mine(len(dataset.manifest["shards"])):
-        dataset.verify(shard)
+def _verify(dataset: Dataset, comm: Comm, pulse: Pulse) -> None:
+    with pulse.working():
+        for shard in comm.mine(len(dataset.manifest["shards"])):
+            pulse.beat(f"checking shard {shard} of '{dataset.folder}'")
+            dataset.verify(shard)
 
 
 def make_job(
@@ -165,8 +167,8 @@ def make_job(
     pulse.keep(run.lock.token, run.path / guard.FOLDER / stacks_name(comm.rank), comm.rank)
     comm.barrier()
     pulse.guarded(guard.start(comm, run.path, run.lock.token, pulse.patience, recipe.log.silence))
-    with pulse.resting():  # copying and hashing a large data set shows no progress
-        train_set, *rest = open_data(recipe, comm, task)
+    with pulse.resting():  # who has copied and checked its part waits for the others
+        train_set, *rest = open_data(recipe, comm, task, pulse)
     fresh = comm.on_root(lambda: not any(run.checkpoints.glob("step-*")) and not recipe.init_from)
     made: list[torch.nn.Module] = []
     with pulse.resting():  # there may be word vectors to read

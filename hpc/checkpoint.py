@@ -134,8 +134,20 @@ def check(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint '{folder}' lacks {name}")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+        try:
+            same = path.stat().st_size == expected["bytes"] and sha256_of(path) == expected["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"checkpoint '{folder}': {name} cannot be read ({error})") from error
+        if not same:
             raise CheckpointError(f"checkpoint '{folder}': {name} was altered or cut short (SHA-256 differs)")
+
+
+def check_own(folder: Path) -> None:
+    """As `check`, of one that this job needs. Raises OSError: another job would go on from another one."""
+    try:
+        check(folder)
+    except CheckpointError as error:
+        raise OSError(f"{error}; started again, the run goes on from another one") from error
 
 
 def load_model(

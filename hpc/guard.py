@@ -141,7 +141,7 @@ class Guard:
             places.rmdir()
         self.poll = select.poll()
         self.poll.register(line.socket, select.POLLIN)
-        self.ends: dict[int, int] = {}  # a descriptor that is readable once the process is gone -> rank
+        self.ends: dict[int, int] = {}  # a descriptor of a process, readable once that is gone -> rank
         for rank, pid in self.pids.items():
             with suppress(OSError, AttributeError):  # an old kernel: asked one by one
                 descriptor = os.pidfd_open(pid)
@@ -293,8 +293,7 @@ class Guard:
             self._keep(found)
         if found.kind == "hang":
             for number in (signal.SIGCONT, STACKS):  # one that is stopped writes its stacks, too
-                for pid in self.here.values():
-                    _send(pid, number)
+                self._send(number)
                 time.sleep(SETTLE_S)  # stacks of threads that have just begun to run again cannot be read
         while time.monotonic() - began < LAST_WORDS_S:
             self._look()
@@ -310,10 +309,19 @@ class Guard:
             self._keep(found)  # unless the hub, if there still is one, has
 
     def _kill(self) -> None:
-        for pid in self.here.values():
-            _send(pid, signal.SIGKILL)
+        self._send(signal.SIGKILL)
         for segment in self.segments:
             segment.unlink(missing_ok=True)
+
+    def _send(self, number: int) -> None:
+        """To every rank that is not gone; by its descriptor, for numbers of processes are used again."""
+        descriptors = {rank: descriptor for descriptor, rank in self.ends.items()}
+        for rank, pid in self.here.items():
+            with suppress(ProcessLookupError):
+                if rank in descriptors:
+                    signal.pidfd_send_signal(descriptors[rank], number)
+                else:
+                    os.kill(pid, number)
 
     def _lost(self, found: Found, since: float) -> Found | None:
         """A host whose guard has not answered since: why a launcher has killed the ranks of others."""
@@ -354,11 +362,6 @@ def _say(host: str, text: str) -> None:
 
 def _short(text: str) -> str:
     return text.encode("ascii", "replace")[:TEXT].decode()
-
-
-def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def _ready(unheard: list[str]) -> None:

@@ -22,15 +22,20 @@ from hpc.files import SMALL, read_json, read_start
 from hpc.processes import boot, space, started
 
 LOCK = "job.lock"
-ATTEMPT = "TRIREME_ATTEMPT"  # in the environment of ranks: what is around them and would know its own again
+ATTEMPT = "TRIREME_ATTEMPT"  # in the environment of ranks: "job.attempt", by which what is around them knows its own
 BEAT_S = 2.0  # between touches
 STALE_S = 20.0  # without a touch, seen from another host, until a lock is stale
 ENDING_S = 5.0  # that a holder on this host may still take to end
+OWN_S = 60.0  # that an earlier attempt at this same job may, wherever it is
 LOOK_S = 0.1
 
 
 class Locked(ValueError):
     """A run folder in which another job trains."""
+
+
+class Lingers(OSError):
+    """A run folder in which an earlier attempt at the same job has not ended yet: later it will have."""
 
 
 class Lock:
@@ -42,9 +47,13 @@ class Lock:
     def __init__(self, folder: Path):
         self.path = folder / LOCK
         self.token = secrets.token_hex(8)
+        self._mine = False  # whether it must be there
 
     def take(self) -> None:
-        """Hold the lock from now on; a stale one is taken over. Raises Locked, naming the holder, if there is one."""
+        """Hold the lock from now on; a stale one is taken over.
+
+        Raises Locked, naming the holder, if there is one; Lingers if that is an earlier attempt at this job.
+        """
         since, seen = time.monotonic(), ("", 0)
         while not self._placed():
             held, touched = self._holder()
@@ -57,12 +66,14 @@ class Lock:
                 lives, sure = bool(processes_here(held)), waited > ENDING_S
             else:
                 lives, sure = waited < STALE_S, touched != seen[1]
+            own = _same_job(held)
             if not lives:
                 self._take_over(held)
-            elif sure:
-                raise self._complaint(held)
+            elif waited > OWN_S if own else sure:
+                raise self._complaint(held, own)
             else:
                 time.sleep(LOOK_S)
+        self._mine = True
 
     def hold(self, processes: Sequence[int]) -> None:
         """Name all processes of the job on this host: the lock is not stale before the last of them is gone."""
@@ -70,10 +81,15 @@ class Lock:
         renewed = self.path.with_name(f".{LOCK}.{self.token}")
         self._write(renewed, processes)
         os.replace(renewed, self.path)
+        self._mine = True
 
     def lost(self) -> bool:
-        """Whether another's name is in it. False if that cannot be known now, or if there is none."""
+        """Whether another's name is in it, or none though this one held it. False if that cannot be known now."""
         held = read_json(self.path)
+        if held is None and self._mine:
+            time.sleep(LOOK_S)  # it may be moved aside for a moment, by one that took it for stale
+            held = read_json(self.path)
+            return held is None and self._gone()
         return isinstance(held, dict) and held.get("token") not in (None, self.token)
 
     def check(self) -> None:
@@ -92,7 +108,17 @@ class Lock:
     def release(self) -> None:
         """Nobody's from now on, if it was this one's."""
         if (read_json(self.path) or {}).get("token") == self.token:
+            self._mine = False
             self.path.unlink(missing_ok=True)
+
+    def _gone(self) -> bool:
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _placed(self) -> bool:
         mine = self.path.with_name(f".{LOCK}.{self.token}")
@@ -149,13 +175,23 @@ class Lock:
                     os.link(aside, self.path)
             aside.unlink()
 
-    def _complaint(self, held: dict[str, Any]) -> Locked:
+    def _complaint(self, held: dict[str, Any], own: bool) -> Locked | Lingers:
         job = f", Slurm job {held['job']}" if held.get("job") else ""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(held.get("since") or 0)))
+        if own:
+            where = f"'{self.path.parent}', on {held.get('host')}{job}"
+            return Lingers(f"an earlier attempt at this job still holds {where}")
         return Locked(
             f"a job trains in '{self.path.parent}' already: on {held.get('host')}{job}, since {since}; wait for it, "
             f"end it, or choose another folder (run=...)"
         )
+
+
+def _same_job(held: dict[str, Any]) -> bool:
+    """Whether the holder is an earlier attempt at this job: of the same Slurm job, or the same `trireme launch`."""
+    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get(ATTEMPT, "").partition(".")[0]
+    theirs = str(held.get("attempt")).partition(".")[0]
+    return bool(job and held.get("job") == job) or bool(attempt and theirs == attempt)
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

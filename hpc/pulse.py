@@ -9,14 +9,17 @@ import faulthandler
 import mmap
 import os
 import signal
+import stat
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from hpc.failure import FAILED
 
 SIZE = 1024
 # Numbers, each stored at once, so that nobody reads half of one: a mark, time.monotonic() of the last beat, steps done,
@@ -26,6 +29,7 @@ TRUE = 7_217_473.0
 RUNNING, RESTING, LEFT = 0, 1, 2  # LEFT: it ends in good order, or has said itself what went wrong
 WHERE_AT, WAITS_AT = 64, 384  # texts, each with a byte of 0 behind it
 UNGUARDED_S = 120.0  # that a rank may take at least to come under guard
+LOCKED_S = 10.0  # after which it ends itself though none of its threads comes to run Python
 WAITS_S = 0.5  # between looks at what is waited for
 STACKS = signal.SIGQUIT  # on it a rank writes the stacks of all its threads, whatever it is doing
 
@@ -79,15 +83,25 @@ class Pulse:
         self._numbers[MARK] = TRUE
         self.step, self._state, self._asked = 0, RUNNING, time.monotonic()
         self._closed = threading.Event()
+        self._unguarded = threading.Timer(max(patience, UNGUARDED_S), self._late)
+        self._unguarded.daemon = True
         if patience:
-            faulthandler.dump_traceback_later(max(patience, UNGUARDED_S), exit=True, file=2)
+            self._unguarded.start()
+            faulthandler.dump_traceback_later(max(patience, UNGUARDED_S) + LOCKED_S, exit=True, file=2)
         self.beat(self.where)
 
     def keep(self, token: str, stacks: Path, rank: int) -> None:
-        """From now on the guard may read the pulse, and SIGQUIT has this process's stacks written to a file."""
+        """From now on the guard may read the pulse, and SIGQUIT has this process's stacks written to a file.
+
+        Raises PermissionError if others may write where pulses are kept.
+        """
         folder = pulses_of(token)
         folder.mkdir(mode=0o700, exist_ok=True)
-        with open(folder / pulse_name(rank), "w+b") as file:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PermissionError(f"'{folder}' is not this user's own folder; remove it")
+        descriptor = os.open(folder / pulse_name(rank), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w+b") as file:
             file.write(self._map[:])
             file.flush()
             self._map = mmap.mmap(file.fileno(), SIZE)
@@ -98,7 +112,7 @@ class Pulse:
 
     def guarded(self, lives: Callable[[], bool]) -> None:
         """From now on a guard looks after this rank, as long as `lives()`; this process ends with it."""
-        faulthandler.cancel_dump_traceback_later()
+        self._attended()
         threading.Thread(target=self._ask, args=(lives,), name="pulse", daemon=True).start()
 
     def beat(self, where: str, step: int | None = None) -> None:
@@ -109,21 +123,28 @@ class Pulse:
         self._put(WHERE_AT, where, WAITS_AT)
         self._now()
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> AbstractContextManager[None]:
         """A stretch in which no progress is expected to be shown."""
-        self._state = RESTING
+        return self._being(RESTING)
+
+    def working(self) -> AbstractContextManager[None]:
+        """A stretch amid a rest in which this rank shows progress, whatever others do."""
+        return self._being(RUNNING)
+
+    @contextmanager
+    def _being(self, state: int) -> Iterator[None]:
+        before, self._state = self._state, state
         self._now()
         try:
             yield
         finally:
-            self._state = RUNNING
+            self._state = before
             self._now()
 
     def close(self) -> None:
         """The rank ends, and nobody need wonder why."""
         self._closed.set()
-        faulthandler.cancel_dump_traceback_later()
+        self._attended()
         self._state = LEFT
         self._now()
 
@@ -139,12 +160,20 @@ class Pulse:
         raw = text.encode()[: end - at - 1] + b"\0"
         self._map[at : at + len(raw)] = raw
 
+    def _attended(self) -> None:
+        self._unguarded.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _late(self) -> None:
+        faulthandler.dump_traceback(file=2)
+        os._exit(FAILED)
+
     def _ask(self, lives: Callable[[], bool]) -> None:
         while not self._closed.wait(WAITS_S):
             if not lives():
                 said = "the guard of this host is gone, so nobody would notice a failure: ending the job"
                 print(said, file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(FAILED)
             with suppress(Exception):  # not knowing is no reason to stop
                 self._put(WAITS_AT, self.about() or "", SIZE)
             self._asked = self._numbers[ASKED] = time.monotonic()

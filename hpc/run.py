@@ -27,7 +27,7 @@ from typing import Any
 
 from collectives.comm import PeerLost
 from collectives.strategy import TrainingFailed
-from hpc.checkpoint import check
+from hpc.checkpoint import check_own
 from hpc.config import OPERATIONAL, Recipe, differences, read_toml
 from hpc.failure import FAILURE, read_failure, write_failure
 from hpc.files import read_object, sha256_of, temporary_of, write_json
@@ -124,10 +124,10 @@ class RunFolder:
     def ship(self, checkpoint: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Put a checkpoint's model under its own name and mark the run as a success; the summary with its SHA-256.
 
-        Raises CheckpointError if the checkpoint was altered since it was written, Locked if another job trains here.
+        Raises OSError if the checkpoint was altered since it was written, Locked if another job trains here.
         """
         self.lock.check()
-        check(self.checkpoints / checkpoint)
+        check_own(self.checkpoints / checkpoint)
         temporary = temporary_of(self.path / MODEL)
         shutil.copyfile(self.checkpoints / checkpoint / MODEL, temporary)
         with open(temporary, "rb") as file:

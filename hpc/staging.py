@@ -9,10 +9,11 @@ from pathlib import Path
 
 from collectives.comm import Comm
 from hpc.files import sha256_of
+from hpc.pulse import Pulse
 from hpc.shards import MANIFEST, REMEDY, DataError, read_manifest
 
 
-def stage(source: Path, target: str, comm: Comm) -> Path:
+def stage(source: Path, target: str, comm: Comm, pulse: Pulse) -> Path:
     """The data set's copy below `target` on this host, made or completed by the host's first rank (collective).
 
     source  the data set's folder
@@ -21,7 +22,7 @@ def stage(source: Path, target: str, comm: Comm) -> Path:
     Raises what `copy_dataset` raises; RootFailed on the ranks that did not fail themselves.
     """
     place = Path(target) / comm.on_root(lambda: staged_name(source))
-    comm.each(lambda: copy_dataset(source, place) if comm.local_rank == 0 else None)
+    comm.each(lambda: copy_dataset(source, place, pulse) if comm.local_rank == 0 else None)
     return place
 
 
@@ -31,7 +32,7 @@ def staged_name(source: Path) -> str:
     return f"trireme-{sha256_of(source / MANIFEST)[:16]}"
 
 
-def copy_dataset(source: Path, place: Path) -> None:
+def copy_dataset(source: Path, place: Path, pulse: Pulse) -> None:
     """Copy a data set to the folder `place`, leaving out files that are there already in their full size.
 
     Each file is copied under a temporary name, made durable and renamed, the manifest last: an interrupted copy is
@@ -41,10 +42,12 @@ def copy_dataset(source: Path, place: Path) -> None:
     fails.
     """
     place.mkdir(parents=True, exist_ok=True)
-    for shard in read_manifest(source)["shards"]:
-        for entry in shard["files"]:
-            _copy(source / entry["name"], place / entry["name"], entry["bytes"])
-    _copy(source / MANIFEST, place / MANIFEST, (source / MANIFEST).stat().st_size)
+    with pulse.working():
+        for shard in read_manifest(source)["shards"]:
+            for entry in shard["files"]:
+                pulse.beat(f"copying '{source / entry['name']}'")
+                _copy(source / entry["name"], place / entry["name"], entry["bytes"])
+        _copy(source / MANIFEST, place / MANIFEST, (source / MANIFEST).stat().st_size)
 
 
 def _copy(source: Path, target: Path, size: int) -> None:

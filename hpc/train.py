@@ -6,7 +6,7 @@ import math
 
 from collectives.comm import everywhere
 from collectives.strategy import TrainingFailed
-from hpc.checkpoint import Checkpoint, check
+from hpc.checkpoint import Checkpoint, check_own
 from hpc.job import Carries, Job, turn
 
 
@@ -75,6 +75,6 @@ def judge(job: Job, at: int) -> bool:
         job.saver.wait()
         comm.barrier()
         best_checkpoint = job.saver.folder / str(job.saver.best)
-        comm.on_root(lambda: check(best_checkpoint))
+        comm.on_root(lambda: check_own(best_checkpoint))
         job.strategy.restore(Checkpoint(best_checkpoint, job.saver.flat))
     return best

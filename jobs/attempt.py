@@ -53,12 +53,13 @@ class Attempt:
     command      the launcher's command line
     environment  of the launcher
     run          the run's folder
+    job          what all attempts at a job have in common
     """
 
     prints: int | None = None  # another place for it
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], run: Path):
-        self.id = secrets.token_hex(8)  # by which its ranks' lock is known
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], run: Path, job: str = ""):
+        self.id = f"{job or secrets.token_hex(8)}.{secrets.token_hex(4)}"  # by which its ranks' lock is known
         self.command, self.environment, self.run = list(command), {**environment, ATTEMPT: self.id}, run
         self.lock = Lock(run)
         self.held: dict[str, Any] = {}  # what is in the lock, or was last, of this job's own
@@ -150,9 +151,10 @@ class Attempt:
             return Outcome("stopped", ENDED, "it was ended before it could checkpoint")
         if code == 0 and (self.run / SUCCESS).exists():  # and is of the same recipe: it was asked
             return Outcome("finished", 0)
-        if not self._began():
-            if code == 1:  # it has said why
-                return Outcome("refused", code)
+        began = self._began()
+        if code == 1 and not self._new(FAILURE) and len(self.held.get("processes", ())) < 2:  # never under guard
+            return Outcome("refused", code)  # and it has said why
+        if not began:
             said = f"the job ended with exit code {code} before it began to train"
             return Outcome("failed", code or 1, said, not asked())
         deadline = time.monotonic() + GUARDS_S

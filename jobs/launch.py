@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     words = ["train", arguments.recipe, *arguments.overrides]
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ValueError(f"-n {arguments.ranks}: expected 1 or more ranks")
     if arguments.show:
         recipe = load(arguments.recipe, arguments.overrides, registry())
         command, additions = launch_command(words, recipe, arguments.ranks or fitting_ranks(recipe))
@@ -84,8 +87,9 @@ def _keep_going(
     def times() -> int:
         return 2 if asked.count(signal.SIGINT) > 1 else min(len(asked), 1)
 
+    job = secrets.token_hex(8)
     for left in range(restarts, -1, -1):
-        outcome = Attempt(command, environment, run).make(times)
+        outcome = Attempt(command, environment, run, job).make(times)
         if outcome.state in ("finished", "stopped", "refused") or times():
             break
         end = "" if outcome.again and left else "no restart is left" if outcome.again else "it would fail again"

@@ -31,8 +31,9 @@ EXAMPLES = """examples:
   trireme jobs runs/night results   those below two folders
   trireme jobs --json               a JSON line each
 
-finished; running; queued (at Slurm); stopped: asked to, and to go on; failed: RUN/failure.json says why; lost: it ended
-without a word; made: nothing was learned yet. Start a run's command again to have it go on.
+finished; running; queued (at Slurm: what `trireme submit` has sent, or what has run before); stopped: asked to, and to
+go on; failed: RUN/failure.json says why; lost: it ended without a word; made: nothing was learned yet. Start a run's
+command again to have it go on.
 """
 WIDE = 240  # columns, where there is no terminal
 DEPTH = 4  # of folders that are looked into

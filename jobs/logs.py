@@ -21,8 +21,8 @@ EXAMPLES = """examples:
   trireme logs runs/demo --last 20       the last lines
   trireme logs runs/demo --follow        and what comes, until the job ends (Ctrl-C to leave)
 
-Lines of ranks have the time and the rank in front; those of what is around them (Slurm, a launcher), which have none,
-stand where the line before them does.
+Lines of ranks have the time and the rank in front. What is around them (Slurm, a launcher) says its own without: they
+come by when their file was last written.
 """
 TIMED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 LOOK_S = 0.5
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     folder = arguments.run
-    if not (folder / DATA).is_file() and not (folder / SUBMITTED).is_file():
-        raise ValueError(f"'{folder}' is not a run folder; 'trireme jobs' lists runs")
+    if not any((folder / name).is_file() for name in (DATA, SUBMITTED)) and not any(folder.glob("logs/*.log")):
+        raise ValueError(f"'{folder}' is not a run folder, or no job has begun there; 'trireme jobs' lists runs")
     reader = Reader(folder)
     for line in list(reader.news())[-arguments.last :]:
         print(line)
@@ -66,8 +66,10 @@ class Reader:
         """The whole lines written since the last call, merged by time."""
         lines: list[tuple[str, int, str]] = []
         for path in self._files():
-            since = ""
-            for line in self._read(path):
+            read = self._read(path)
+            written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+            since = next((line[:23] for line in read if TIMED.match(line)), written)
+            for line in read:
                 since = line[:23] if TIMED.match(line) else since
                 lines.append((since, len(lines), line))
         yield from (line for _, _, line in sorted(lines))

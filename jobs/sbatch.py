@@ -18,6 +18,7 @@ from collectives.launch import check_dealing
 from hpc.build import registry
 from hpc.config import Recipe, load
 from hpc.doctor import launchers, mpi_here, slurm_type
+from hpc.shards import MANIFEST
 
 EXAMPLES = """examples:
   trireme sbatch my.toml --nodes 4 --ranks-per-node 8 --time 12:00:00 > job.sh; sbatch job.sh
@@ -25,7 +26,9 @@ EXAMPLES = """examples:
       --setup 'module load cuda' optim.learning_rate=0.05 run=runs/faster > job.sh
   trireme sbatch my.toml --nodes 1 --ranks-per-node 8 --time 1:00:00 --launcher mpirun > job.sh
 
-The job goes on by itself after preemption, its time limit, or (--restarts) a failure, until RUN/success is there.
+The job goes on by itself after preemption, its time limit, or (--restarts) a failure, until RUN/success is there. To
+stop it for good: scancel JOB; sent again, it goes on. The recipe, the code and the .venv are used as they are whenever
+it starts, so leave them alone meanwhile. Makes RUN/logs, which Slurm needs.
 """
 
 
@@ -66,7 +69,9 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     ask = parser.add_argument_group("what the job asks for")
     ask.add_argument("--nodes", type=int, default=1, metavar="N", help="(default: 1)")
     ask.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="a rank a GPU, say (default: 1)")
-    ask.add_argument("--time", default="1:00:00", metavar="H:MM:SS", help="Slurm's limit; default: an hour")
+    ask.add_argument(
+        "--time", default="1:00:00", metavar="H:MM:SS", help="Slurm's limit; or MINUTES, D-HH:MM:SS (default: an hour)"
+    )
     ask.add_argument("--partition", default="", metavar="NAME", help="default: the cluster's")
     ask.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="(default: 0)")
     ask.add_argument(
@@ -77,9 +82,13 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     )
     ask.add_argument("--mpi", default="", metavar="TYPE", help="srun's --mpi; default: what this MPI library needs")
     ask.add_argument(
-        "--option", action="append", default=[], metavar="TEXT", help="a further sbatch option: --option=--exclusive"
+        "--option", action="append", default=[], metavar="--LONG=VALUE",
+        help="a further sbatch option, with '=': --option=--account=NAME; may be repeated",
     )
-    ask.add_argument("--setup", action="append", default=[], metavar="LINE", help="a shell line to run before")
+    ask.add_argument(
+        "--setup", action="append", default=[], metavar="LINE",
+        help="a line of shell for the script, before ranks start; what it exports reaches them; may be repeated",
+    )
 
 
 def resources_of(arguments: argparse.Namespace, recipe: Recipe) -> Resources:
@@ -91,7 +100,10 @@ def resources_of(arguments: argparse.Namespace, recipe: Recipe) -> Resources:
     )
     if min(a.nodes, a.ranks_per_node) < 1:
         raise ValueError(f"--nodes {a.nodes} --ranks-per-node {a.ranks_per_node}: expected 1 or more of each")
-    check_dealing(recipe.splits, asked.ranks)
+    try:
+        check_dealing(recipe.splits, asked.ranks)
+    except ValueError as error:
+        raise ValueError(f"--nodes {a.nodes} x --ranks-per-node {a.ranks_per_node}: {error}") from None
     if not 0 < a.grace <= 60 * minutes(a.time) - 45:  # Slurm may tell half a minute early, once; ranks must be there
         raise ValueError(f"--grace {a.grace}: expected at least 45 seconds less than --time {a.time}")
     return asked
@@ -126,6 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     recipe = load(arguments.recipe, arguments.overrides, registry())
     asked = resources_of(arguments, recipe)
+    for folder in filter(None, (recipe.data.train, recipe.data.validation)):
+        if not (Path(folder) / MANIFEST).is_file():  # the job may see other file systems
+            print(f"trireme sbatch: '{folder}' is not a data set here; the job will need it", file=sys.stderr)
     (Path(recipe.run) / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
     words = [sys.executable, "-P", "-m", "mpi4py", "-m", "hpc", "train", arguments.recipe, *arguments.overrides]
     print(script(asked, Path(recipe.run), words, arguments.launcher), end="")
@@ -155,6 +170,7 @@ def script(asked: Resources, run: Path, words: Sequence[str], launcher: str = "s
         found = next(iter(launchers("", library)), "mpiexec")
         start = f"{'' if 'Open MPI' in version else 'SLURM_MPI_TYPE=none '}{found} -n {asked.ranks}"
     return SCRIPT.format(
+        written=shlex.join(["trireme", *sys.argv[1:]]).replace("\n", " "),
         directives="\n".join(f"#SBATCH {directive}" for directive in directives),
         run=shlex.quote(str(run)), threads=asked.threads, setup="".join(f"{line}\n" for line in asked.setup),
         before=BEFORE, start=start, command=shlex.join(words), forward="" if launcher == "srun" else FORWARD,
@@ -163,19 +179,23 @@ def script(asked: Resources, run: Path, words: Sequence[str], launcher: str = "s
 
 
 SCRIPT = """#!/bin/bash
+# Written by: {written}
+# For another run folder or other numbers write it anew: they stand here several times, and Slurm needs RUN/logs before.
 {directives}
 
 run={run}
 export OMP_NUM_THREADS={threads}
 {setup}{before}
+[ -e "$run/job.lock" ] || printf '{{"place": "slurm", "job": "%s", "log": ""}}' "$SLURM_JOB_ID" > "$run/submitted.json"
 {start} {command} &
 {forward}while :; do
     wait $!; code=$?
-    kill -0 $! 2>/dev/null || break
+    kill -0 $! 2>/dev/null || break  # a signal ends 'wait' early: wait again, until the ranks are gone
 done
 {after}
 """
-FORWARD = """trap 'kill -USR1 $! 2>/dev/null' TERM USR1 USR2
+FORWARD = """# Slurm tells this script (B:USR1), which tells mpirun, which passes it on to the ranks.
+trap 'kill -USR1 $! 2>/dev/null' TERM USR1 USR2
 """
 # What a script does before and after its ranks, in lines of bash; $run is the run's folder.
 BEFORE = """
@@ -183,6 +203,9 @@ began="$run/logs/slurm-$SLURM_JOB_ID.began"
 mkdir -p "$run/logs" && touch "$began" || exit 1
 # Slurm tells the ranks to stop (preemption, time limit): they checkpoint and leave. This script outlives them.
 trap : TERM USR1 USR2
+# MPICH names memory that ranks share by job and step, and killed ranks leave theirs: empty steps first, another number
+# of them at each start.
+for ((i = ${SLURM_RESTART_COUNT:-0} % 10; i > 0; i--)); do srun --nodes=1 --ntasks=1 --mpi=none true; done
 early='^(15|138|143)$'  # exit codes of ranks that are told to stop before they can listen"""
 AFTER = """
 # What counts is what the job wrote into its folder, not the launcher's exit code.
@@ -191,8 +214,12 @@ again() {{
     job=${{job:-$SLURM_JOB_ID}}
     state=$(squeue --noheader --job "$job" --format=%T)
     if [ "${{state:-RUNNING}}" = RUNNING ]; then  # nobody has cancelled it
-        echo "$1: job $job goes on"
-        scontrol requeue "$job" && sleep 300  # until Slurm ends this script
+        if scontrol requeue "$job"; then
+            echo "$1: job $job goes on"
+            sleep 300  # until Slurm ends this script
+            exit 1
+        fi
+        echo "$1, and job $job could not be requeued: send it again"
     fi
     exit 1
 }}
@@ -200,13 +227,19 @@ if [ -e "$run/success" ] && {{ [ $code = 0 ] || [ "$run/success" -nt "$began" ];
     exit 0
 elif [ "$run/stopped" -nt "$began" ]; then
     again "asked to stop"
-elif [ $code = 1 ]; then
+elif [ $code = 1 ] && [ ! "$run/failure.json" -nt "$began" ]; then
     exit 1  # it would be refused again, and has said why
 elif [[ $code =~ $early ]] && [ ! "$run/recipe.toml" -nt "$began" ]; then
     echo "exit code $code" >> "$run/logs/slurm-$SLURM_JOB_ID.early"
     [ "$(wc -l < "$run/logs/slurm-$SLURM_JOB_ID.early")" -le 10 ] && again "asked to stop before it began"
 fi
 sleep 3  # whoever found what failed writes it down
+if [ ! "$run/failure.json" -nt "$began" ] && grep -qs "\\"job\\": \\"$SLURM_JOB_ID\\"" "$run/job.lock"; then
+    said="the ranks ended with exit code $code, and no rank and no guard said why"
+    printf '{{"time": %s, "kind": "unknown", "rank": null, "host": "", "where": "", "error": "%s"}}\\n' \\
+        "$(date +%s)" "$said" > "$run/.failure.$SLURM_JOB_ID" &&
+        mv "$run/.failure.$SLURM_JOB_ID" "$run/failure.json"
+fi
 [ "$run/failure.json" -nt "$began" ] && cat "$run/failure.json"
 echo "exit code $code" >> "$run/logs/slurm-$SLURM_JOB_ID.failures"
 if [ "$(wc -l < "$run/logs/slurm-$SLURM_JOB_ID.failures")" -le {restarts} ] &&

@@ -36,7 +36,9 @@ EXAMPLES = """examples:
   trireme submit my.toml --place local --ranks-per-node 2        on this machine, in the background
   trireme submit my.toml --place debug                           here and now
 
-Then: trireme jobs; trireme logs RUN. A grid makes a job array; its runs are RUN.grid/learning_rate=0.1 and so on.
+Then: trireme jobs; trireme logs RUN. A grid makes a job array; its runs are RUN.grid/learning_rate=0.1 and so on; its
+values are without commas. To stop a job for good: scancel JOB; sent again, it goes on. The recipe, the code and the
+.venv are used as they are whenever it starts, so leave them alone meanwhile.
 """
 FOREVER = 60 * 24 * 365  # minutes: submitit wants a limit, a workstation has none
 
@@ -89,6 +91,8 @@ def grid(recipe: str, overrides: Sequence[str], axes: Sequence[str]) -> list[lis
             raise RecipeError(f"--grid {axis}: every job has a run folder of its own already, below RUN.grid")
         if not sign or not key or not all(values.split(",")):
             raise RecipeError(f"--grid {axis}: expected key=value,value, e.g. optim.learning_rate=0.1,0.2")
+        if any(sign in values for sign in "{}[]"):
+            raise RecipeError(f"--grid {axis}: values are separated by commas, so none can be a list or a table")
         choices.append([f"{key}={value}" for value in values.split(",")])
     base = load(recipe, overrides, registry()).run
     found = []

@@ -14,7 +14,7 @@ import torch
 from material import write_recipe
 from safetensors import safe_open
 from test_strategies import alone
-from test_training import kill, ranks_below, train, wait_for_step
+from test_training import kill, ranks_below, train, train_on, wait_for_step
 
 from collectives.averaging import MasterSlave
 from collectives.bmuf import BMUF, block_momentum_of
@@ -376,7 +376,7 @@ WHOLE = ('optim={name="momentum", learning_rate=0.05, momentum=0.5}', "schedule.
 def test_a_whole_run_keeps_the_law_killed_and_resumed_amid_a_block(trireme, start, tmp_path, options):
     recipe = write_recipe(tmp_path)
     changes = (f"strategy={{{options}}}", *WHOLE)
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    digests = train_on(trireme, recipe, (1, 2), tmp_path, *changes)
     assert len(set(digests.values())) == 1, digests
     states = [json.loads(path.read_text()) for path in (tmp_path / "run2/checkpoints").glob("step-*/state.json")]
     assert states and all("done" in state["common"] for state in states)
@@ -393,7 +393,7 @@ def test_a_roll_back_goes_back_to_the_global_model_of_then(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
     changes = ('strategy={name="bmuf", block_steps=4}', *WHOLE, "optim.learning_rate=3.0")
     changes += ("checkpoint.keep=99",)
-    digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    digests = set(train_on(trireme, recipe, (1, 2), tmp_path, *changes).values())
     assert len(digests) == 1
     records = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
     judged = [r for r in records if r["event"] == "validate"]
@@ -427,7 +427,7 @@ def test_master_and_slaves_on_overlapping_draws(trireme, tmp_path):
         'strategy={name="master_slave", master_learning_rate=1.0}', 'optim={name="sgd", learning_rate=200.0}',
         "data.draw=0.6", "schedule={name='halving', epochs=12}", "validate.every=0",
     )
-    digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    digests = set(train_on(trireme, recipe, (1, 2), tmp_path, *changes).values())
     assert len(digests) == 1
     lines = [json.loads(line) for line in (tmp_path / "run1/metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "validate"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from material import write_manifest, write_recipe
-from test_training import kill, train, wait_for_step
+from test_training import kill, train, train_on, wait_for_step
 
 from hpc.batches import Batches, make_order
 from hpc.evaluate import batches_of, pieces_of
@@ -315,7 +315,7 @@ def test_whole_runs_keep_the_law_killed_and_resumed(trireme, start, tmp_path, ta
         LSTM + task, f"data.batch={batch}", "optim.learning_rate=0.3", "schedule.epochs=3", "checkpoint.every=150",
         'strategy={name="bmuf", block_steps=5, turn_steps=2}',
     )
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    digests = train_on(trireme, recipe, (1, 2), tmp_path, *changes)
     assert len(set(digests.values())) == 1, digests
     stopped = tmp_path / "stopped"
     process = start("train", recipe, f"run={stopped}", *changes, ranks=4)

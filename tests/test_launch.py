@@ -71,14 +71,14 @@ def test_what_would_fail_again_is_not_tried_again(trireme, tmp_path):
     assert len(read_attempts(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("words", [("task.widht=3",), ("-n", "3"), ("data.train=nowhere",)])
+@pytest.mark.parametrize("words", [("task.widht=3",), ("-n", "3"), ("-n", "0"), ("data.train=nowhere",)])
 def test_what_cannot_begin_is_said_once(trireme, tmp_path, words):
     done = trireme("launch", write_recipe(tmp_path), *words, code=1)
     assert done.stderr.count("trireme") <= 2 and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
 def test_asked_to_stop_it_checkpoints_and_can_go_on(start, trireme, tmp_path, number):
     recipe = write_recipe(tmp_path)
     process = start("launch", recipe, "-n", "2", LONG)
@@ -136,7 +136,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_and_harms_nothing(start, 
     wait_for_step(tmp_path / "run", 20, process)
     second = trireme("launch", recipe, "-n", "2", LONG, code=1)
     assert "trains in" in second.stderr and not (tmp_path / "run/failure.json").exists(), second.stderr
-    wait_for_step(tmp_path / "run", 200, process)
+    wait_for_step(tmp_path / "run", 100, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
 
@@ -203,6 +203,23 @@ def test_a_grid_has_a_run_folder_for_every_point(tmp_path):
     for wrong in ("optim.learning_rate", "seed=", "seed=1,,2"):
         with pytest.raises(RecipeError, match="key=value,value"):
             grid(str(recipe), [], [wrong])
+    with pytest.raises(RecipeError, match="separated by commas"):
+        grid(str(recipe), [], ['optim={name="sgd", learning_rate=0.1}'])
+
+
+def test_a_script_is_bash_and_says_what_it_will_miss(trireme, tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "a run's $HOME"
+    for more in ((), ("--launcher", "mpirun")):
+        done = trireme("sbatch", recipe, "--ranks-per-node", "2", "data.train=nowhere", f"run={run}", *more)
+        assert "'nowhere' is not a data set here" in done.stderr
+        script = tmp_path / "job.sh"
+        script.write_text(done.stdout)
+        subprocess.run(["bash", "-n", script], check=True)
+        assert f"# Written by: trireme sbatch {recipe}" in done.stdout
+    (run / "logs/slurm-1.log").write_text("cancelled\n")
+    assert trireme("logs", run).stdout == "cancelled\n"
+    refused = trireme("sbatch", recipe, "--ranks-per-node", "3", code=1).stderr
+    assert "--nodes 1 x --ranks-per-node 3: splits = 4 cannot be dealt evenly to 3 ranks" in refused
 
 
 def test_times_as_slurm_writes_them():

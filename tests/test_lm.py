@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import kill, train, wait_for_step
+from test_training import kill, train, train_on, wait_for_step
 
 from collectives.comm import Comm
 from hpc.build import make_task, registry
@@ -267,7 +267,7 @@ def test_data_of_another_task_are_refused(folder):
 
 def test_the_same_bytes_for_every_number_of_ranks(trireme, folder, tmp_path):
     recipe = recipe_of(folder)
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}") for k in (1, 2, 4)}
+    digests = train_on(trireme, recipe, (1, 2, 4), tmp_path)
     assert len(set(digests.values())) == 1, digests
     logs = [read_records(tmp_path / f"run{k}") for k in digests]
     losses = [[(r["step"], r["loss"]) for r in log if "loss" in r] for log in logs]

@@ -16,9 +16,10 @@ import pytest
 from material import write_recipe
 from test_training import wait_for_step
 
+from collectives.errors import is_refusal
 from hpc import lock
 from hpc.failure import write_failure
-from hpc.lock import LOCK, Lock, Locked
+from hpc.lock import ATTEMPT, LOCK, Lingers, Lock, Locked
 from hpc.processes import started
 
 
@@ -110,6 +111,31 @@ def test_who_lost_its_lock_knows(tmp_path):
     assert not mine.beat()
     mine.release()
     assert (tmp_path / LOCK).exists(), "another's is left alone"
+
+
+def test_who_finds_no_lock_where_it_held_one_has_lost_it(tmp_path):
+    """Another job took it over while this one was suspended, and has ended since."""
+    mine, nobodys = Lock(tmp_path), Lock(tmp_path)
+    mine.take()
+    (tmp_path / LOCK).unlink()
+    assert not mine.beat() and mine.lost() and not nobodys.lost()
+    assert not write_failure(mine, "raised", 0, "here", "", "late")
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", ATTEMPT])
+def test_an_earlier_attempt_at_the_same_job_is_waited_for_and_is_no_refusal(tmp_path, quick, monkeypatch, variable):
+    """Of a killed job, whose ranks the kernel has not let go yet."""
+    monkeypatch.setattr(lock, "OWN_S", 0.6)
+    monkeypatch.setenv(variable, "17.first")
+    other(tmp_path)
+    monkeypatch.setenv(variable, "17.first" if variable == "SLURM_JOB_ID" else "17.second")
+    began = time.monotonic()
+    with pytest.raises(Lingers, match="an earlier attempt at this job") as caught:
+        Lock(tmp_path).take()
+    assert time.monotonic() - began > 0.6 and not is_refusal(caught.value)
+    monkeypatch.setenv(variable, "18.first")
+    with pytest.raises(Locked):
+        Lock(tmp_path).take()
 
 
 @pytest.mark.parametrize("text", [

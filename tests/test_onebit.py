@@ -12,7 +12,7 @@ import torch
 from material import write_recipe
 from mpi4py import MPI
 from test_strategies import BATCH, CPU, SPLITS, Problem, alone
-from test_training import kill, train, wait_for_step
+from test_training import kill, train, train_on, wait_for_step
 
 from collectives.allreduce import AllReduce
 from collectives.comm import Comm
@@ -309,7 +309,7 @@ WHOLE = (
 def test_a_whole_run_keeps_the_law_killed_and_resumed_too(trireme, start, tmp_path):
     recipe = write_recipe(tmp_path)
     changes = (*WHOLE, "minibatch.every=1200", "minibatch.stretch=400", "minibatch.sizes=[1, 2]")
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2, 4)}
+    digests = train_on(trireme, recipe, (1, 2, 4), tmp_path, *changes)
     assert len(set(digests.values())) == 1, digests
     records = [json.loads(line) for line in (tmp_path / "run2/metrics.jsonl").read_text().splitlines()]
     assert [r["tried"].keys() for r in records if r["event"] == "minibatch"] == [{"48", "96"}] * 2
@@ -332,7 +332,7 @@ def test_a_whole_run_keeps_the_law_killed_and_resumed_too(trireme, start, tmp_pa
 def test_a_roll_back_takes_back_what_is_left_and_keeps_the_law(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
     changes = (*WHOLE, "optim.learning_rate=1.0", "strategy.clip_norm=0.0")
-    digests = {train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2)}
+    digests = set(train_on(trireme, recipe, (1, 2), tmp_path, *changes).values())
     log = (tmp_path / "run1/metrics.jsonl").read_text()
     assert '"roll back"' in log and len(digests) == 1
 

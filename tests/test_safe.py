@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -16,9 +17,11 @@ import torch
 from material import edited_manifest, write_frames, write_recipe
 
 from collectives.comm import Comm
-from hpc.checkpoint import MANIFEST, Checkpoint, CheckpointError, check, newest, read_manifest
+from collectives.errors import is_refusal
+from hpc import checkpoint
+from hpc.checkpoint import MANIFEST, Checkpoint, CheckpointError, check, check_own, newest, read_manifest, step_name
 from hpc.config import RecipeError, read_toml
-from hpc.files import write_sealed
+from hpc.files import sha256_of, write_sealed
 from hpc.flat import Flat
 from hpc.prepare.sentences import prepare_sentences
 from hpc.prepare.text import prepare_text
@@ -158,6 +161,25 @@ def trained(tmp_path_factory):
     words = [sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(recipe), "schedule.epochs=1"]
     subprocess.run([*words, "schedule.min_epochs=1"], check=True, cwd=Path(__file__).parents[1], capture_output=True)
     return newest(folder / "run/checkpoints").path
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_that_is_not_gone_on_from(trained, tmp_path, monkeypatch):
+    """As one of which a byte is flipped: a disk fails by both."""
+    folder = tmp_path / "checkpoints"
+    for step in (10, 20):
+        shutil.copytree(trained, folder / step_name(step))
+
+    def failing(path):
+        if path.parent.name == step_name(20) and path.name == "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    found = newest(folder)
+    assert found.path == folder / step_name(10) and "cannot be read" in found.complaints[0]
+    with pytest.raises(OSError, match="goes on from another one") as caught:
+        check_own(folder / step_name(20))
+    assert not is_refusal(caught.value)
 
 
 def every_flipped_byte_is_refused(folder, error, read):

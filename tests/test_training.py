@@ -41,14 +41,19 @@ def train(trireme, recipe, ranks, run, *overrides):
     return sha256_of(run / "model.safetensors")
 
 
+def train_on(trireme, recipe, ranks, folder, *overrides, name="run"):
+    """A run by each of so many ranks, in folder/run1 and so on: number of ranks -> SHA-256."""
+    return {k: train(trireme, recipe, k, folder / f"{name}{k}", *overrides) for k in ranks}
+
+
 @pytest.mark.parametrize(("splits", "ranks", "changes"), [
-    (4, (1, 2, 4), ()), (12, (1, 2, 3, 4, 6), ()),
+    (4, (1, 2, 4), ()), (12, (1, 2, 3, 6), ()),
     (4, (1, 2), ("optim={name='adagrad', learning_rate=0.01, momentum=0.9, momentum_first_epoch=0.5, epsilon=1e-3}",)),
-    (4, (1, 2, 4), ("task.init=he", "task.width=600")),  # drawn in place, in steps that read what was drawn
+    (4, (1, 4), ("task.init=he", "task.width=600")),  # drawn in place, in steps that read what was drawn
 ])
 def test_the_same_bytes_for_every_number_of_ranks(trireme, tmp_path, splits, ranks, changes):
     recipe = write_recipe(tmp_path, splits=splits)
-    digests = {k: train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in ranks}
+    digests = train_on(trireme, recipe, ranks, tmp_path, *changes)
     assert len(set(digests.values())) == 1, digests
     logs = [[(r["step"], r["loss"]) for r in read_records(tmp_path / f"run{k}") if "loss" in r] for k in ranks]
     assert all(log == logs[0] for log in logs) and len(logs[0]) > 10, "the recorded losses are part of the law"
@@ -56,10 +61,10 @@ def test_the_same_bytes_for_every_number_of_ranks(trireme, tmp_path, splits, ran
 
 def test_two_threads_a_rank_and_bfloat16_and_adam_keep_the_law(trireme, tmp_path):
     recipe = write_recipe(tmp_path)
-    changes = ("threads=2", "precision=bfloat16", 'optim={name="adam", learning_rate=0.003}', "task.width=200")
-    one, two = (train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2))
-    assert one == two
-    assert one != train(trireme, recipe, 2, tmp_path / "other", *changes, "seed=4")
+    changes = ("threads=2", "precision=bfloat16", 'optim={name="adam", learning_rate=0.003}', "task.width=200",
+               "schedule.epochs=2")
+    digests = train_on(trireme, recipe, (1, 2), tmp_path, *changes)
+    assert digests[1] == digests[2] != train(trireme, recipe, 2, tmp_path / "other", *changes, "seed=4")
 
 
 def test_recurrent_acoustic_models_keep_the_law(trireme, tmp_path):
@@ -68,8 +73,7 @@ def test_recurrent_acoustic_models_keep_the_law(trireme, tmp_path):
         'task={name="frames", network="sru", bidirectional=true, layers=2, width=16, dropout=0.1, variational=0.1}'
     )
     changes = (network, "data.batch=8", "optim.learning_rate=0.1", "schedule.epochs=2")
-    digests = [train(trireme, recipe, k, tmp_path / f"run{k}", *changes) for k in (1, 2, 4)]
-    assert len(set(digests)) == 1
+    assert len(set(train_on(trireme, recipe, (1, 2, 4), tmp_path, *changes).values())) == 1
     shown = [json.loads(trireme("evaluate", tmp_path / f"run{k}", tmp_path / "validation", "--json", ranks=r).stdout)
              for k, r in ((1, 3), (4, 1))]
     assert shown[0]["loss"] == shown[1]["loss"] and shown[0]["frame_error"] < 0.6
@@ -80,11 +84,11 @@ def test_factored_matrices_keep_the_law_and_start_from_whole_ones(trireme, start
     recipe, whole = write_recipe(tmp_path), tmp_path / "whole"
     train(trireme, recipe, 2, whole)
     fresh = ("task.factored=4", "schedule={name='constant', epochs=2}")
-    drawn = {train(trireme, recipe, k, tmp_path / f"drawn{k}", *fresh) for k in (1, 2)}
+    drawn = set(train_on(trireme, recipe, (1, 2), tmp_path, *fresh, name="drawn").values())
     assert len(drawn) == 1
     changes = (*fresh, f"init_from={whole}", "checkpoint.every=192")
     runs = {k: tmp_path / f"run{k}" for k in (1, 2)}
-    one, two = (train(trireme, recipe, k, run, *changes) for k, run in runs.items())
+    one, two = train_on(trireme, recipe, (1, 2), tmp_path, *changes).values()
     assert one == two and one not in drawn
     first, later = (
         next(r["loss"] for r in read_records(run) if r["event"] == "train") for run in (tmp_path / "drawn1", runs[1])
@@ -163,7 +167,7 @@ def test_killed_anywhere_and_resumed_with_other_ranks(trireme, start, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_checkpoints_and_leaves_with_75(trireme, start, tmp_path, number):
     recipe = write_recipe(tmp_path)
-    more = ("schedule.epochs=60", "checkpoint.every=0", "validate.every=0")
+    more = ("schedule.epochs=16", "checkpoint.every=0", "validate.every=0")
     run = tmp_path / "stopped"
     process = start("train", recipe, f"run={run}", *more, ranks=2)
     wait_for_step(run, 20, process)

@@ -11,6 +11,8 @@ enters that phase after that step; then `mark` exists, and the job that goes on 
     memory          takes memory until the kernel kills it (in a memory cgroup of its own)
     disk            fills the file system of "room", a folder
     exchange        the exchange of this step fails
+
+The phase "verify" is before all steps, when a rank checks a shard.
 """
 
 from __future__ import annotations
@@ -114,8 +116,9 @@ def strike(fault: dict[str, Any]) -> None:
 def arm(plan: list[dict[str, Any]]) -> None:
     """From now on faults strike this process."""
     from hpc.meter import Meter
+    from hpc.shards import Dataset
 
-    whole = Meter.__call__
+    whole, verify = Meter.__call__, Dataset.verify
 
     @contextmanager
     def phase(self: Meter, name: str) -> Iterator[None]:
@@ -125,7 +128,16 @@ def arm(plan: list[dict[str, Any]]) -> None:
                     strike(fault)
             yield
 
+    def verified(self: Dataset, *arguments: Any) -> None:
+        from mpi4py import MPI
+
+        for fault in plan:
+            if (fault["rank"], fault["phase"]) == (MPI.COMM_WORLD.rank, "verify"):
+                strike(fault)
+        verify(self, *arguments)
+
     Meter.__call__ = phase  # type: ignore[method-assign]
+    Dataset.verify = verified  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

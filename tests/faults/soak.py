@@ -77,18 +77,19 @@ class Soak:
         self.environment = outside_a_job() | {"OMP_NUM_THREADS": "1"}
         self.counts = dict.fromkeys(("runs", "faults", "lost", "torn_loaded", "hangs", "equal"), 0)
         self.longest = 0.0
-        self.digests: dict[str, str] = {}
+        self.unexplained = 0  # ends that no fault accounts for
+        self.digests: dict[str, tuple[str, str]] = {}
         self.recipe = write_recipe(work / "data", splits=SPLITS) if not (work / "data").mkdir() else None
         self.kinds = [kind for kind in INSIDE if kind != "memory" or not no_memory_cgroup()]
         self.network = NETWORK if not missing_rights() else []
 
-    def reference(self, strategy: str) -> str:
-        """The digest of the model that comes of an undisturbed run, on one rank."""
+    def reference(self, strategy: str) -> tuple[str, str]:
+        """The digests of what comes of an undisturbed run, on one rank."""
         if strategy not in self.digests:
             run = self.work / f"undisturbed-{strategy.replace(' ', '-')}"
             words = [sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(self.recipe), *self.words(strategy, run)]
             subprocess.run(words, env=self.environment, cwd=ROOT, check=True, capture_output=True)
-            self.digests[strategy] = sha256_of(run / "model.safetensors")
+            self.digests[strategy] = digests(run)
         return self.digests[strategy]
 
     def words(self, strategy: str, run: Path) -> list[str]:
@@ -97,7 +98,7 @@ class Soak:
     def run(self, number: int, faults: int) -> None:
         """One run, from its start to its end, under so many faults."""
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
-        digest = self.reference(strategy)
+        expected = self.reference(strategy)
         steps = max(r["step"] for a in read_attempts(self.folder_of(strategy)) for r in a)
         self.counts["runs"] += 1
         with ExitStack() as up:
@@ -119,7 +120,7 @@ class Soak:
                 self.counts["lost"] += 1
                 print(json.dumps({"run": number, "lost": True}), flush=True)
             else:
-                self.counts["equal"] += sha256_of(run / "model.safetensors") == digest
+                self.counts["equal"] += digests(run) == expected
 
     def folder_of(self, strategy: str) -> Path:
         return self.work / f"undisturbed-{strategy.replace(' ', '-')}"
@@ -161,6 +162,9 @@ class Soak:
         record: dict[str, Any] = {"run": number, "strategy": strategy, "ranks": ranks, "step": step}
         ended = {"outcome": outcome.state, "said": outcome.said[:160]}
         struck = int(mark.exists())
+        if not struck and altered is None and shard is None and outcome.state != "finished":
+            self.unexplained += 1
+            print(f"run {number}: nothing struck it, and it {outcome.state}: {outcome.said}", file=sys.stderr)
         if altered is not None or shard is not None:
             struck += 1
             if shard is not None:
@@ -215,6 +219,11 @@ class Soak:
             world.kill(2)
 
 
+def digests(run: Path) -> tuple[str, str]:
+    """Of the model that a run ships, which is the best, and of that at its end."""
+    return sha256_of(run / "model.safetensors"), sha256_of(max((run / "checkpoints").glob("step-*/model.safetensors")))
+
+
 def whole(checkpoint: Path) -> bool:
     try:
         check(checkpoint)
@@ -231,6 +240,7 @@ class Job(Attempt):
     def __init__(self, command: list[str], environment: dict[str, str], run: Path, mark: Path):
         super().__init__(command, environment, run)
         self.mark, self.step, self.strike, self.ended = mark, 0, None, 0.0
+        self.earlier = len(read_attempts(run)) if (run / "metrics.jsonl").exists() else 0
 
     def last_words(self) -> str:
         return " ".join(self._last)
@@ -258,10 +268,12 @@ class Job(Attempt):
             time.sleep(0.05)
 
     def _reached(self, step: int) -> bool:
+        """By this attempt: those before it may have been there."""
         try:
-            return any(r["event"] == "train" and r["step"] >= step for r in read_attempts(self.run)[-1])
-        except (ValueError, IndexError):
+            own = read_attempts(self.run)[self.earlier :]
+        except (OSError, ValueError):
             return False
+        return any(r["event"] == "train" and r["step"] >= step for attempt in own for r in attempt)
 
 
 def summary(path: Path) -> str:
@@ -305,7 +317,7 @@ def main() -> int:
     print(json.dumps(soak.counts | {"max_detection_s": round(soak.longest, 2)}))
     counts = soak.counts
     short = counts["faults"] < arguments.faults or counts["equal"] < counts["runs"]
-    return int(short or bool(counts["lost"] or counts["torn_loaded"] or counts["hangs"]))
+    return int(short or bool(counts["lost"] or counts["torn_loaded"] or counts["hangs"] or soak.unexplained))
 
 
 if __name__ == "__main__":
