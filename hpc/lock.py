@@ -114,10 +114,8 @@ class Lock:
     def _gone(self) -> bool:
         try:
             self.path.stat()
-        except FileNotFoundError:
-            return True
-        except OSError:
-            pass
+        except OSError as error:  # of a file system that does not answer nothing is known
+            return isinstance(error, FileNotFoundError)
         return False
 
     def _placed(self) -> bool:
