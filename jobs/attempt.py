@@ -27,7 +27,7 @@ from hpc.summary import cause_of
 
 ENDED = 130  # exit code: a second Ctrl-C
 LINES = 20  # that a launcher said last, for a failure that nobody explained
-LINGER_S = 8.0  # that a launcher may take to end after a job came to its end
+LINGER_S = {SUCCESS: 8.0, STOPPED: 8.0, FAILURE: 2.0}  # that a launcher may take to end after a job came to its end
 GUARDS_S = 3.0  # that guards may take to write what they found after a launcher has ended
 LOOK_S = 0.1
 
@@ -115,16 +115,16 @@ class Attempt:
     def _wait(self, asked: Callable[[], int]) -> int:
         """Until the launcher ends, which it must soon after the job has come to an end, good or bad; its exit code."""
         assert self.process is not None
-        since, told = None, 0
+        deadline, told = float("inf"), 0
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return self.process.wait(LOOK_S)
             if asked() > told:
                 told = asked() if self._tell(asked()) else told
-            if any(map(self._new, (SUCCESS, STOPPED, FAILURE))):
-                since = since or time.monotonic()
-                if time.monotonic() - since > LINGER_S:
-                    self._end()
+            lingers = [time.monotonic() + seconds for name, seconds in LINGER_S.items() if self._new(name)]
+            deadline = min([deadline, *lingers])
+            if time.monotonic() > deadline:  # it may wait for ever for a host that is lost
+                self._end()
 
     def _tell(self, times: int) -> bool:
         """Ask the ranks to stop; again, and all of it ends. Whether there was somebody to ask."""

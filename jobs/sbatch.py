@@ -206,8 +206,14 @@ trap : TERM USR1 USR2
 # MPICH names memory that ranks share by job and step, and killed ranks leave theirs: empty steps first, another number
 # of them at each start.
 for ((i = ${SLURM_RESTART_COUNT:-0} % 10; i > 0; i--)); do srun --nodes=1 --ntasks=1 --mpi=none true; done
-early='^(15|138|143)$'  # exit codes of ranks that are told to stop before they can listen"""
-AFTER = """
+early='^(15|138|143)$'  # exit codes of ranks that are told to stop before they can listen
+# A launcher may wait for ever for a node that is lost: soon after the job has come to its end, it is ended, too.
+while sleep 1 || exit; do
+    [ "$run/failure.json" -nt "$began" ] && sleep 1 && break
+    { [ "$run/success" -nt "$began" ] || [ "$run/stopped" -nt "$began" ]; } && sleep 8 && break
+done && pkill -9 -P $$ 'srun|mpi|prte' &
+watch=$!; disown"""
+AFTER = """kill $watch 2>/dev/null
 # What counts is what the job wrote into its folder, not the launcher's exit code.
 again() {{
     job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}

@@ -164,6 +164,22 @@ def test_a_job_that_dies_as_a_whole_is_explained_from_outside(tmp_path, plain_en
     assert "exit code 9" in failure["error"] and failure["last"] == ["its last words"]
 
 
+def test_a_launcher_that_does_not_end_after_its_job_is_ended(tmp_path, plain_environment):
+    """As one that waits for a host which is lost."""
+    run = tmp_path / "run"
+    program = (
+        "import sys, time; sys.path.insert(0, '.')\n"
+        "from pathlib import Path\n"
+        "from hpc.failure import write_failure\n"
+        "from hpc.lock import Lock\n"
+        f"run = Path({str(run)!r}); run.mkdir(); lock = Lock(run); lock.take()\n"
+        "write_failure(lock, 'silent', 1, 'a', '', 'a is lost')\n"
+        "time.sleep(1000)"
+    )
+    outcome = keep_going([sys.executable, "-c", program], plain_environment, run, 0)
+    assert outcome.state == "failed" and "a is lost" in outcome.said, outcome
+
+
 def test_the_command_is_shown_and_not_run(trireme, tmp_path):
     shown = trireme("launch", write_recipe(tmp_path), "-n", "4", "--show", "seed=2").stdout
     assert "-n 4" in shown and "OMP_NUM_THREADS=1" in shown and "seed=2" in shown and "mpiexec" in shown

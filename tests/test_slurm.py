@@ -126,9 +126,14 @@ def test_jobs_out_of_time_go_on(slurm, material, tmp_path):
 
 
 def test_a_job_whose_rank_or_everything_is_killed_goes_on(slurm, material, tmp_path):
+    """Also where srun does not end with its ranks, as where a node is lost."""
     recipe, digest = material
     run = tmp_path / "run"
-    job = sent(slurm, recipe, run)
+    waits = tmp_path / "srun"
+    real, waited = shutil.which("srun"), tmp_path / "waited"
+    waits.write_text(f"#!/bin/sh\n{real} \"$@\" || [ -e {waited} ] || {{ touch {waited}; sleep 1000; }}\n")
+    waits.chmod(0o755)
+    job = sent(slurm, recipe, run, "--setup", f"PATH={tmp_path}:$PATH")
     under_way(run)
     held = json.loads((run / "job.lock").read_text())["processes"]
     victim = next(pid for pid, _ in held[1:] if not is_guard(pid))
@@ -137,6 +142,7 @@ def test_a_job_whose_rank_or_everything_is_killed_goes_on(slurm, material, tmp_p
     for pid, _ in json.loads((run / "job.lock").read_text())["processes"]:  # the guard, too
         os.kill(pid, signal.SIGKILL)
     check(slurm, job, run, digest, attempts=3, failures=2)
+    assert waited.exists()
     assert [attempt[0]["last_failure"]["kind"] for attempt in read_attempts(run)[1:]] == ["gone", "unknown"]
 
 
