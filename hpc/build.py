@@ -33,7 +33,8 @@ from hpc.manifest import AT_MOST
 from hpc.meter import Journal, Meter, RunJournal, Silence
 from hpc.minibatch import Selection
 from hpc.pulse import Pulse, stacks_name
-from hpc.run import MODEL, RECIPE, SUCCESS, RunError, RunFolder, compare_fields, read_data
+from hpc.records import MODEL, RECIPE, SUCCESS
+from hpc.run import RunError, RunFolder, compare_fields, read_data
 from hpc.runtime import Device, StopFlag
 from hpc.schedule import POLICIES, Replay, Schedule
 from hpc.shards import REMEDY, DataError, Dataset, read_manifest

@@ -15,11 +15,10 @@ from rich.table import Table
 from hpc.config import flatten, read_toml
 from hpc.files import sha256_of
 from hpc.quantities import amount, duration, metric, percent, spoken
-from hpc.records import metrics_of, number
+from hpc.records import MODEL, metrics_of, number
 from hpc.report import replace_file
 from hpc.summary import RunHistory, read_run, strict_json, summarize
 
-MODEL = "model.safetensors"
 EXAMPLES = """examples:
   trireme compare runs/one-rank runs/four-ranks       did the number of ranks change anything?
   trireme compare runs/sync runs/bmuf --out /tmp      write /tmp/compare.png

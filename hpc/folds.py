@@ -22,8 +22,8 @@ from hpc.config import Recipe, load
 from hpc.evaluate import evaluate
 from hpc.files import write_json
 from hpc.quantities import metric, spoken
-from hpc.records import read_records
-from hpc.run import SUCCESS, compare_fields, read_data
+from hpc.records import SUCCESS, read_records
+from hpc.run import compare_fields, read_data
 from hpc.runtime import PREEMPTED, StopFlag
 from hpc.shards import MANIFEST, DataError, Dataset, read_manifest
 

@@ -32,6 +32,7 @@ from hpc.guard_line import Line
 from hpc.lock import BEAT_S, Lock
 from hpc.processes import out_of_memory_kills, segments_of, state_of
 from hpc.pulse import LEFT, RESTING, STACKS, Seen, Watched, pulse_name, pulses_of, stacks_name
+from hpc.records import SUCCESS
 
 if TYPE_CHECKING:
     from collectives.comm import Comm
@@ -41,7 +42,6 @@ TELL_S = 1.0  # between what guards tell each other
 GREET_S = 3.0  # that guards have, to hear each other at first
 LAST_WORDS_S = 1.0  # that ranks have, to say themselves what they see and to write their stacks, before they are killed
 FOLDER = "ranks"  # in the run folder: stacks
-SUCCESS = "success"  # there: as in run.py, which imports more than Python's own library
 WRITE_S = 6.0  # that it may take to write down what was found, before ranks are killed
 GONE_S = 10.0  # that processes which were killed may take to go
 SETTLE_S = 0.3

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+# What else is in a run's folder (run.py). Here, because who only looks at runs needs no torch.
+RECIPE, DATA, SUCCESS, STOPPED, MODEL = "recipe.toml", "data.json", "success", "stopped", "model.safetensors"
+EXCHANGE, SUBMITTED = "exchange.json", "submitted.json"
 # What a validation record says besides its metrics.
 BOOKKEEPING = frozenset(
     {"event", "time", "step", "epoch", "frames", "learning_rate", "seconds", "verdict", "best", "told"}

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collectives.comm import PeerLost
+from collectives.errors import PeerLost
 from collectives.strategy import TrainingFailed
 from hpc.checkpoint import check_own
 from hpc.config import OPERATIONAL, Recipe, differences, read_toml
@@ -33,10 +33,9 @@ from hpc.failure import FAILURE, read_failure, write_failure
 from hpc.files import read_object, sha256_of, temporary_of, write_json
 from hpc.lock import LOCK, Lock
 from hpc.manifest import AT_MOST, RunData, checked
+from hpc.records import DATA, EXCHANGE, MODEL, RECIPE, STOPPED, SUBMITTED, SUCCESS
 from hpc.shards import MANIFEST
 
-RECIPE, DATA, SUCCESS, STOPPED, MODEL = "recipe.toml", "data.json", "success", "stopped", "model.safetensors"
-EXCHANGE, SUBMITTED = "exchange.json", "submitted.json"
 PEER_S = 2.0  # that a rank leaves to others to say why a peer is gone
 BEFORE = {LOCK, SUBMITTED, "logs"}  # what may be there before a run begins
 

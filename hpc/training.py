@@ -17,7 +17,8 @@ from hpc.checkpoint import step_name
 from hpc.config import Recipe, load, options
 from hpc.pulse import Pulse
 from hpc.quantities import bytes_sent, counted, said_of_bytes
-from hpc.run import MODEL, SUCCESS, RunFolder
+from hpc.records import MODEL, SUCCESS
+from hpc.run import RunFolder
 from hpc.runtime import PREEMPTED, Device, StopFlag, open_log, versions
 from hpc.summary import cause_of
 from hpc.train import Job, train

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from hpc.failure import FAILURE, read_failure, write_failure
 from hpc.lock import ATTEMPT, LOCK, Lock, processes_here, read_holder
-from hpc.run import STOPPED, SUCCESS
+from hpc.records import STOPPED, SUCCESS
 from hpc.runtime import PREEMPTED
 from hpc.summary import cause_of
 

@@ -22,8 +22,7 @@ from hpc.failure import read_failure
 from hpc.files import read_json
 from hpc.lock import LOCK, holder_lives
 from hpc.quantities import duration
-from hpc.records import METRICS, read_attempts
-from hpc.run import DATA, RECIPE, STOPPED, SUBMITTED, SUCCESS
+from hpc.records import DATA, METRICS, RECIPE, STOPPED, SUBMITTED, SUCCESS, read_attempts
 from hpc.summary import cause_of
 
 EXAMPLES = """examples:
@@ -35,6 +34,7 @@ finished; running; queued (at Slurm: what `trireme submit` has sent, or what has
 go on; failed: RUN/failure.json says why; lost: it ended without a word; made: nothing was learned yet. Start a run's
 command again to have it go on.
 """
+PRIVATE = ".submitit"  # beside run folders: what submitit pickles, and what its jobs said
 WIDE = 240  # columns, where there is no terminal
 DEPTH = 4  # of folders that are looked into
 COLOURS = {"finished": "green", "running": "cyan", "queued": "cyan", "stopped": "yellow", "failed": "red",

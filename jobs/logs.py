@@ -11,10 +11,9 @@ from pathlib import Path
 
 from hpc.failure import read_failure
 from hpc.lock import LOCK, holder_lives
-from hpc.run import DATA, SUBMITTED
+from hpc.records import DATA, SUBMITTED
 from hpc.summary import cause_of
-from jobs.listing import submission
-from jobs.sbatch import PRIVATE
+from jobs.listing import PRIVATE, submission
 
 EXAMPLES = """examples:
   trireme logs runs/demo                 everything so far

@@ -32,9 +32,6 @@ it starts, so leave them alone meanwhile. Makes RUN/logs, which Slurm needs.
 """
 
 
-PRIVATE = ".submitit"  # beside run folders: what submitit pickles
-
-
 @dataclass(frozen=True)
 class Resources:
     """What a job asks Slurm for.

@@ -25,10 +25,11 @@ import torch
 from hpc.build import registry
 from hpc.config import Recipe, RecipeError, load
 from hpc.files import write_json
-from hpc.run import SUBMITTED
+from hpc.records import SUBMITTED
 from hpc.shards import read_manifest
 from jobs.launch import keep_going_here
-from jobs.sbatch import AFTER, BEFORE, PRIVATE, Resources, add_resources, minutes, resources_of, srun_options
+from jobs.listing import PRIVATE
+from jobs.sbatch import AFTER, BEFORE, Resources, add_resources, minutes, resources_of, srun_options
 
 EXAMPLES = """examples:
   trireme submit my.toml --nodes 4 --ranks-per-node 8 --time 12:00:00 --partition gpu --gpus-per-node 8

@@ -1,6 +1,8 @@
 """Who may import whom: one way only, and the outside libraries each in their one room."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,13 @@ def test_imports_go_one_way_only(path):
     if path.parts[0] == "hpc":
         concrete = {"models.frames", "collectives.allreduce"} & {name for _, name in imports(path)}
         assert not concrete or str(path) == "hpc/build.py", f"{path} knows {concrete}"
+
+
+def test_who_only_looks_at_runs_waits_for_no_torch():
+    """Importing it takes seconds, of a shared file system tens of seconds."""
+    quick = "hpc.report, hpc.trace, hpc.compare, hpc.doctor, hpc.bench, jobs.listing, jobs.logs"
+    words = [sys.executable, "-c", f"import sys, {quick}; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(words, cwd=ROOT).returncode == 0
 
 
 def test_no_junk_drawers_and_nothing_that_runs_code_from_files():
