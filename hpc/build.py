@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ RULES: dict[str, type] = {
 }
 
 
+@cache
 def registry() -> dict[str, dict[str, type]]:
     """Every name that a recipe may use, table by table, those of installed packages included."""
     outside = {group: {e.name: e for e in entry_points(group=f"trireme.{group}")} for group in ("tasks", "strategies")}

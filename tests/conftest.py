@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -11,9 +12,10 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
+gc.disable()  # until all tests are collected: of what is imported nothing is garbage, and ranks import for every test
+import pytest  # noqa: E402
 
-from hpc.hosts import Hosts, missing_rights
+from hpc.hosts import Hosts, missing_rights  # noqa: E402
 
 BIN = Path(sys.executable).parent
 if (BIN / "mpiexec").exists():  # pytest-isolate-mpi looks for the launcher on PATH
@@ -21,6 +23,11 @@ if (BIN / "mpiexec").exists():  # pytest-isolate-mpi looks for the launcher on P
 os.environ["OMP_NUM_THREADS"] = "1"
 
 LAUNCH_VARIABLES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "HYDI_", "MPIR_", "SLURM_")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

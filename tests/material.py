@@ -98,7 +98,7 @@ min_epochs = 99
 [validate]
 every = 600
 [checkpoint]
-every = 100
+every = 600
 [log]
 every = 5
 tensorboard = false
