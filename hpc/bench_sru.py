@@ -85,12 +85,13 @@ def make_sides(size: Size) -> dict[str, Side]:
     d = size.d
     steps_first = torch.randn(size.length, size.batch, d)
     batch_first = torch.randn(size.batch, d, size.length)
-    ours, lstm = SRU(d, d), torch.nn.LSTM(d, d)
+    ours = SRU(d, d)
     state = (torch.zeros(size.batch, d),)
     sides = {
         "sru": Side(lambda x: ours(x, None, state)[0], steps_first, list(ours.parameters())),
-        "lstm": Side(lambda x: lstm(x)[0], steps_first, list(lstm.parameters())),
     }
+    if lstm := _lstm(d, size.dtype):
+        sides["lstm"] = Side(lambda x: lstm(x)[0], steps_first, list(lstm.parameters()))
     for grams in (2, 3):
         conv = torch.nn.Conv1d(d, d, grams, padding=grams - 1)
         sides[f"conv{grams}"] = Side(conv, batch_first, list(conv.parameters()))
@@ -120,6 +121,18 @@ class _Product(torch.autograd.Function):
         grad_rows = grad.flatten(0, 1)
         grad_x = multiplied(grad_rows, weight.t()).view(*grad.shape[:2], weight.shape[1])
         return grad_x, multiplied(grad_rows.t(), rows.t()), None
+
+
+def _lstm(d: int, dtype: str) -> torch.nn.LSTM | None:
+    """torch's LSTM, where this processor has it: of bfloat16 not all do."""
+    lstm = torch.nn.LSTM(d, d)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            lstm(torch.zeros(1, 1, d))
+    except RuntimeError as error:
+        say(f"torch's LSTM is left out, in {dtype}: {' '.join(str(error).split())[:200]}")
+        return None
+    return lstm
 
 
 def _package(d: int) -> Any:

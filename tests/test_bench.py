@@ -232,10 +232,13 @@ def test_a_layer_of_sru(tmp_path):
         check_spread(record)
     for d, dtype, which in kinds:
         here = {r["layer"]: r["median_s"] for r in layers if (r["d"], r["dtype"], r["pass"]) == (d, dtype, which)}
-        assert {"sru", "lstm", "conv2", "conv3", "product", "copy"} <= set(here)
+        assert {"sru", "conv2", "conv3", "product", "copy"} <= set(here)
+        assert "lstm" in here or (f"torch's LSTM is left out, in {dtype}" in said and dtype == "bfloat16")
         quotients = [r for r in records if r["what"] == "sru against others"]
         mine = next(r for r in quotients if (r["d"], r["dtype"], r["pass"]) == (d, dtype, which))
-        assert mine["times_lstm"] == pytest.approx(here["lstm"] / here["sru"], rel=1e-3)
+        if "lstm" in here:
+            assert mine["times_lstm"] == pytest.approx(here["lstm"] / here["sru"], rel=1e-3)
+        assert mine["times_conv2"] == pytest.approx(here["conv2"] / here["sru"], rel=1e-3)
         assert mine["of_product_and_pass"] > 0
 
 

@@ -41,7 +41,7 @@ def killed_at(run, step, process, number=signal.SIGKILL):
 
 def test_it_goes_on_after_failures_and_ends_with_the_same_bytes(trireme, start, tmp_path):
     recipe = write_recipe(tmp_path)
-    longer = ("schedule.epochs=12", "optim.learning_rate=0.1")
+    longer = ("schedule.epochs=40", "optim.learning_rate=0.1")
     trireme("train", recipe, f"run={tmp_path / 'whole'}", *longer)
     process = start("launch", recipe, "-n", "2", "--restarts", "2", *longer)
     for step in (40, 120):

@@ -23,7 +23,7 @@ from hpc.hosts import Hosts, missing_rights
 from hpc.records import read_attempts
 
 ROOT = Path(__file__).parents[1]
-LONG = ("optim.learning_rate=0.05", "schedule={name='constant', epochs=40}", "log.every=20", "checkpoint.every=2000",
+LONG = ("optim.learning_rate=0.05", "schedule={name='constant', epochs=80}", "log.every=20", "checkpoint.every=2000",
         "data.validation=")  # without it the last model ships, which no fault comes after
 WAYS = {"srun": ("sbatch", ()), "mpirun": ("sbatch", ("--launcher", "mpirun")), "submitit": ("submit", ())}
 
@@ -46,17 +46,17 @@ def slurm():
 def material(tmp_path_factory):
     """A recipe whose run takes some 10 s, and the model that comes of it undisturbed."""
     recipe = write_recipe(tmp_path_factory.mktemp("jobs"))
-    return recipe, undisturbed(recipe)
+    return recipe, undisturbed(recipe)[0]
 
 
 def undisturbed(recipe, *changes):
-    """The model of a run that nothing happens to, on one rank."""
+    """The model of a run that nothing happens to, on one rank, and how many seconds it learned."""
     run = recipe.with_name("undisturbed")
     words = [sys.executable, "-m", "mpi4py", "-m", "hpc", "train", str(recipe), *LONG, f"run={run}", *changes]
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-    digest = sha256_of(run / "model.safetensors")
+    digest, (records,) = sha256_of(run / "model.safetensors"), read_attempts(run)
     shutil.rmtree(run)
-    return digest
+    return digest, records[-1]["time"] - records[0]["time"]
 
 
 def sent(slurm, recipe, run, *options, how="sbatch"):
@@ -117,10 +117,12 @@ def test_preempted_jobs_go_on_and_end_with_the_same_bytes(slurm, material, tmp_p
 
 
 def test_jobs_out_of_time_go_on(slurm, material, tmp_path):
-    """They are told after 15 s, or half a minute later: Slurm looks that often."""
+    """They are told after 15 s, or half a minute later: Slurm looks that often. All at once take more than a minute."""
     recipe, _ = material
-    jobs = all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "15", "schedule.epochs=120")
-    digest = undisturbed(recipe, "schedule.epochs=120")
+    _, seconds = undisturbed(recipe, "schedule.epochs=10")
+    long = f"schedule.epochs={round(35 / seconds * 10)}"  # 35 s of one core, three times
+    jobs = all_ways(slurm, recipe, tmp_path, "--time", "1", "--grace", "15", long)
+    digest, _ = undisturbed(recipe, long)
     for run, job in jobs.values():
         check(slurm, job, run, digest, attempts=None)
 
@@ -161,8 +163,8 @@ def test_a_cancelled_job_stays_cancelled(slurm, material, tmp_path):
 def test_of_an_array_only_what_was_preempted_goes_on(slurm, material, tmp_path):
     recipe, digest = material
     run = tmp_path / "run"
-    job = sent(slurm, recipe, run, "--grid", "schedule.epochs=1,40", how="submit").partition("_")[0]
-    short, long = (Path(f"{run}.grid/epochs={n}") for n in (1, 40))
+    job = sent(slurm, recipe, run, "--grid", "schedule.epochs=1,80", how="submit").partition("_")[0]
+    short, long = (Path(f"{run}.grid/epochs={n}") for n in (1, 80))
     assert slurm.wait(f"{job}_0") == "COMPLETED"
     under_way(long)
     preempt(slurm)
